@@ -1,0 +1,294 @@
+"""The experiment: frozen dataclasses, one field one knob, each with its unit and rule; overrides typed by field.
+
+`load_config("configs/smol.py", ["--train.learning-rate", "1e-4"])` is what every door calls. Defaults live here only.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from qtjax.errors import QtjaxError, near_names
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def knob(default: Any, doc: str, *, rule: str = "", choices: Sequence[str] = ()) -> Any:
+    """A dataclass field with its help text, and a rule checked at the door: ">0", ">=0", "(0,1]", "[0,1]"."""
+    return field(default=default, metadata={"doc": doc, "rule": rule, "choices": tuple(choices)})
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    path: str = knob("smol", "HF folder (safetensors or Flax msgpack), hub name, or 'smol' (the embedded model)")
+    random_init: bool = knob(False, "start from random weights of the folder's config.json (pretraining)")
+    dtype: str = knob("float32", "compute dtype of matrix products and activations", choices=DTYPES)
+    param_dtype: str = knob("float32", "dtype in which parameters are stored and updated", choices=DTYPES)
+    remat: str = knob("none", "what the backward pass recomputes per layer", choices=("none", "dots", "full"))
+    unroll_layers: bool = knob(False, "unroll the scan over layers: faster steps, slower compilation")
+
+
+@dataclass(frozen=True)
+class DataSection:
+    path: str = knob("smol-instruct", "file, saved datasets folder, hub name, or 'smol-instruct' (the embedded generator)")
+    split: str = knob("train", "split of a hub name or of a saved DatasetDict")
+    eval_path: str = knob("", "held-out data; empty: eval_fraction of `path` is held out")
+    eval_split: str = knob("test", "split of eval_path when it is a hub name or a saved DatasetDict")
+    eval_fraction: float = knob(0.05, "fraction (0-1) of `path` held out when eval_path is empty", rule="[0,1)")
+    format: str = knob(
+        "auto",
+        "shape of a row",
+        choices=("auto", "prompt_completion", "instruction", "messages", "sharegpt", "text"),
+    )
+    prompt_column: str = knob("", "column that holds the prompt; empty: by format")
+    completion_column: str = knob("", "column that holds the answer (or the text); empty: by format")
+    chat_template: str = knob("auto", "'auto': the tokenizer's own if it has one; 'none'; or a .jinja file")
+    system_prompt: str = knob("", "system message put before conversations that have none; empty: none")
+    max_length: int = knob(512, "tokens a sample may have; longer answers are cut and counted", rule=">1")
+    max_samples: int = knob(0, "use only the first so many rows; 0: all", rule=">=0")
+
+
+@dataclass(frozen=True)
+class PruneSection:
+    sample_pruner: str = knob("q-tuning", "which samples to keep ('none': full data)", choices=("q-tuning", "none"))
+    token_pruner: str = knob("q-tuning", "which tokens of Q2 samples to keep", choices=("q-tuning", "none"))
+    sample_keep: float = knob(0.25, "fraction (0-1] of each scoring batch's samples to keep", rule="(0,1]")
+    token_keep: float = knob(0.5, "fraction (0-1] of a Q2 sample's trained tokens to keep", rule="(0,1]")
+    batch_size: int = knob(128, "samples per scoring batch, all devices together; one optimizer step each", rule=">0")
+    policy: str = knob("paper", "quadrants kept: paper Q2+Q4, article Q2+Q3", choices=("paper", "article"))
+    supplement: str = knob("minmax", "how samples are ranked when corners are short", choices=("minmax", "ranks"))
+    mode: str = knob("mask", "pruned tokens leave the loss (mask) or the input too (drop)", choices=("mask", "drop"))
+    compact_positions: bool = knob(False, "drop mode: renumber the kept tokens' positions without gaps")
+    neighbor_weight: float = knob(0.5, "lambda of eq. 7, fraction (0-1)", rule="[0,1]")
+    neighbors: str = knob("sum", "eq. 7's neighbour term, or the figure caption's average", choices=("sum", "mean"))
+    protect_eos: bool = knob(False, "never prune the token that closes an answer")
+
+
+@dataclass(frozen=True)
+class OverlaySection:
+    method: str = knob("none", "'none': full-parameter training; 'lora'", choices=("none", "lora"))
+    r: int = knob(8, "rank", rule=">0")
+    lora_alpha: float = knob(16.0, "scale is lora_alpha / r", rule=">0")
+    lora_dropout: float = knob(0.0, "dropout fraction [0-1) on the side path's input", rule="[0,1)")
+    target_modules: str = knob("all-linear", "'all-linear', comma-separated module names, or one regex")
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    epochs: float = knob(3.0, "passes over the data", rule=">0")
+    max_steps: int = knob(0, "stop after so many optimizer steps; 0: by epochs", rule=">=0")
+    learning_rate: float = knob(1e-4, "peak learning rate", rule=">0")
+    warmup_fraction: float = knob(0.03, "fraction (0-1) of the steps spent warming up linearly", rule="[0,1)")
+    final_lr_fraction: float = knob(0.0, "cosine ends at this fraction (0-1) of the peak", rule="[0,1]")
+    weight_decay: float = knob(0.0, "AdamW decoupled weight decay, matrices only", rule=">=0")
+    b1: float = knob(0.9, "AdamW first moment decay", rule="[0,1)")
+    b2: float = knob(0.999, "AdamW second moment decay", rule="[0,1)")
+    eps: float = knob(1e-8, "AdamW epsilon", rule=">0")
+    clip_norm: float = knob(1.0, "global gradient norm limit; 0: off", rule=">=0")
+    row_length: int = knob(0, "tokens per packed row; 0: data.max_length", rule=">=0")
+    rows: int = knob(8, "packed rows per microbatch, all devices together", rule=">0")
+    seed: int = knob(0, "seed of shuffling, initialisation and dropout", rule=">=0")
+    checkpoint_every: int = knob(100, "optimizer steps between checkpoints", rule=">0")
+    keep_checkpoints: int = knob(2, "newest checkpoints kept on disk", rule=">0")
+    compare_full_data: int = knob(0, "optimizer steps of full-data training timed at the end for the speed-up; 0: none", rule=">=0")
+
+
+@dataclass(frozen=True)
+class MeshSection:
+    data: int = knob(-1, "devices along the data axis (replicated parameters); -1: all that remain", rule="-1 or >0")
+    fsdp: int = knob(1, "devices along the fsdp axis (sharded parameters and data)", rule=">0")
+    tensor: int = knob(1, "devices along the tensor axis (sharded heads, MLP and vocabulary)", rule=">0")
+
+
+@dataclass(frozen=True)
+class EvalSection:
+    max_samples: int = knob(0, "held-out samples used; 0: all", rule=">=0")
+    generate_samples: int = knob(0, "held-out samples answered for exact match; 0: none", rule=">=0")
+    max_new_tokens: int = knob(128, "tokens generated per answer at most", rule=">0")
+    batch_size: int = knob(32, "prompts generated at a time", rule=">0")
+
+
+@dataclass(frozen=True)
+class RunSection:
+    folder: str = knob("runs/default", "where the run writes everything; started again it resumes")
+    tensorboard: bool = knob(True, "write TensorBoard event files")
+    export: bool = knob(True, "write the trained model (or adapter) as an HF folder at the end")
+    compile_cache: str = knob("", "folder of the persistent compilation cache; empty: <run folder>/compile_cache")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment. `to_dict` is what a run folder stores and compares."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    prune: PruneSection = field(default_factory=PruneSection)
+    overlay: OverlaySection = field(default_factory=OverlaySection)
+    train: TrainSection = field(default_factory=TrainSection)
+    mesh: MeshSection = field(default_factory=MeshSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+    run: RunSection = field(default_factory=RunSection)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        return dataclasses.asdict(self)
+
+    def flat(self) -> dict[str, Any]:
+        """{"train.learning_rate": 1e-4, ...}"""
+        return {f"{s}.{k}": v for s, section in self.to_dict().items() for k, v in section.items()}
+
+
+_RULES: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
+    ">0": (lambda v: v > 0, "must be above 0"),
+    ">1": (lambda v: v > 1, "must be above 1"),
+    ">=0": (lambda v: v >= 0, "must be 0 or more"),
+    "(0,1]": (lambda v: 0 < v <= 1, "is a fraction above 0 and at most 1"),
+    "[0,1]": (lambda v: 0 <= v <= 1, "is a fraction from 0 to 1"),
+    "[0,1)": (lambda v: 0 <= v < 1, "is a fraction from 0 to below 1"),
+    "-1 or >0": (lambda v: v == -1 or v > 0, "must be -1 or above 0"),
+}
+
+
+def validate(config: Config) -> Config:
+    """Checks every field against its type and rule, and fields against each other. Raises QtjaxError."""
+    for section in fields(config):
+        values = getattr(config, section.name)
+        for f in fields(values):
+            name, value = f"{section.name}.{f.name}", getattr(values, f.name)
+            if f.type is float and type(value) is int:
+                value = float(value)
+            if type(value) is not f.type:
+                raise QtjaxError(f"{name} = {value!r}: must be {_kind(f.type)}, is {type(value).__name__}")
+            _check(name, value, f.metadata)
+    if config.train.row_length and config.train.row_length < config.data.max_length:
+        raise QtjaxError(
+            f"train.row_length = {config.train.row_length}: must be at least data.max_length ="
+            f" {config.data.max_length}, so that every sample fits a row; raise it, or set it to 0"
+        )
+    return config
+
+
+def _check(name: str, value: Any, metadata: types.MappingProxyType | dict) -> None:
+    choices, rule = metadata["choices"], metadata["rule"]
+    if choices and value not in choices:
+        raise QtjaxError(f"{name} = {value!r}: must be one of {', '.join(choices)}{near_names(value, choices)}")
+    if isinstance(value, float) and value != value:
+        raise QtjaxError(f"{name} = nan: must be a number")
+    if rule and not _RULES[rule][0](value):
+        raise QtjaxError(f"{name} = {value!r}: {_RULES[rule][1]}; see --help for its unit and default")
+
+
+def _kind(kind: type) -> str:
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}[kind]
+
+
+def _parse(name: str, kind: type, text: str) -> Any:
+    if kind is bool:
+        if text.lower() in ("true", "yes", "1", "false", "no", "0"):
+            return text.lower() in ("true", "yes", "1")
+        raise QtjaxError(f"{name} = {text!r}: must be true or false")
+    try:
+        return kind(text)
+    except ValueError:
+        raise QtjaxError(f"{name} = {text!r}: must be {_kind(kind)}, for example --{_flag(name)} 1") from None
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def read_config(path: str) -> Config:
+    """Runs a configs/*.py file and returns its `get_config()`. Raises QtjaxError if the file or function is missing."""
+    if not Path(path).is_file():
+        raise QtjaxError(f"--config {path}: no such file; ready-made ones are in configs/")
+    spec = importlib.util.spec_from_file_location("qtjax_experiment", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise QtjaxError(f"--config {path}: the file must define get_config() -> qtjax.config.Config")
+    config = module.get_config()
+    if not isinstance(config, Config):
+        raise QtjaxError(f"--config {path}: get_config() must return a qtjax.config.Config, returned {type(config).__name__}")
+    return config
+
+
+def override(config: Config, values: dict[str, Any]) -> Config:
+    """A copy with {"train.learning_rate": 3e-4, ...} set. Raises QtjaxError for an unknown field."""
+    known = config.flat()
+    for name, value in values.items():
+        if name not in known:
+            raise QtjaxError(f"{name}: no such field{near_names(name, known)}")
+        section, key = name.split(".")
+        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{key: value})})
+    return config
+
+
+def _extra_flag(parser: argparse.ArgumentParser, flag: str, default: Any, doc: str) -> None:
+    if type(default) is bool:
+        parser.add_argument(flag, action="store_true", help=doc)
+    else:
+        parser.add_argument(flag, default=default, help=f"{doc} (default: {default!r})", metavar=type(default).__name__)
+
+
+def load_config(
+    prog: str, description: str, argv: Sequence[str] | None = None, extra: dict[str, tuple[Any, str]] | None = None
+) -> tuple[Config, dict[str, Any]]:
+    """Parses a door's command line: `--config FILE`, one typed flag per field, and the door's own flags.
+
+    Args:
+      prog: "python -m qtjax.train"; description: first line of --help.
+      extra: the door's own flags, {"name": (default, doc)}; typed by their default.
+    Returns: (validated Config, {name: value} of `extra`). Raises QtjaxError for anything mistyped.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    extra = extra or {}
+    parser = argparse.ArgumentParser(prog=prog, description=description, add_help=True, allow_abbrev=False)
+    parser.add_argument("--config", default="configs/smol.py", help="experiment file with get_config() (default: %(default)s)")
+    for name, (default, doc) in extra.items():
+        _extra_flag(parser, f"--{_flag(name)}", default, doc)
+    kinds: dict[str, type] = {}
+    base = Config()
+    for section in fields(Config):
+        group = parser.add_argument_group(section.name)
+        for f in fields(getattr(base, section.name)):
+            name = f"{section.name}.{f.name}"
+            kinds[name] = f.type
+            choices = f" [{' | '.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
+            group.add_argument(
+                f"--{_flag(name)}", dest=name, default=None, metavar=f.type.__name__,
+                help=f"{f.metadata['doc']}{choices} (default: {f.default!r}, unless the config file sets it)".replace("%", "%%"),
+            )  # fmt: skip
+    flags = [option for action in parser._actions for option in action.option_strings]
+
+    def fail(message: str) -> typing.NoReturn:
+        raise QtjaxError(f"{message}; --help lists every flag")
+
+    parser.error = fail
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        bad = unknown[0].split("=")[0]
+        raise QtjaxError(f"{bad}: no such flag{near_names(bad, flags)}; --help lists every flag")
+    given = vars(known)
+    config = read_config(given["config"])
+    changes = {n: _parse(n, kind, given[n]) for n, kind in kinds.items() if given[n] is not None}
+    own = {}
+    for name, (default, _) in extra.items():
+        value = given[name.replace("-", "_")] if name.replace("-", "_") in given else given[name]
+        own[name] = value if type(value) is type(default) else _parse(name, type(default), value)
+    return validate(override(config, changes)), own
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """The inverse of `to_json`; raises QtjaxError for unknown sections or fields."""
+    values = {f"{s}.{k}": v for s, section in json.loads(text).items() for k, v in section.items()}
+    return validate(override(Config(), values))

@@ -1,0 +1,21 @@
+"""Fixtures shared by all tests: where the reference data lies, and a strict numeric environment."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder `shared` beside the checkout; in CI its absence is a failure, elsewhere a skip."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        if os.environ.get("CI"):
+            pytest.fail("the reference data beside the checkout is missing, and CI must run these tests")
+        pytest.skip("needs the reference data in ../shared, which is not part of the package")
+    return folder
