@@ -1,1 +1,27 @@
+"""Mesh, shardings and multi-host start-up."""
 
+from qtjax.parallel.mesh import (
+    AXES,
+    BATCH_AXES,
+    batch_sharding,
+    batch_size,
+    make_mesh,
+    replicated,
+    round_up,
+    rows_on_device,
+    tree_shardings,
+)
+from qtjax.parallel.sharding import param_shardings
+
+__all__ = [
+    "AXES",
+    "BATCH_AXES",
+    "batch_sharding",
+    "batch_size",
+    "make_mesh",
+    "param_shardings",
+    "replicated",
+    "round_up",
+    "rows_on_device",
+    "tree_shardings",
+]

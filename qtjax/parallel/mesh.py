@@ -1,0 +1,91 @@
+"""The device mesh (data, fsdp, tensor) and how trees lie on it."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qtjax.config import MeshSection
+from qtjax.errors import QtjaxError
+from qtjax.tree import Tree, flatten, unflatten
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Which mesh axis each logical axis of a leaf is cut along; "layers" stays whole because the scan walks it.
+_RULES: dict[str | None, str | None] = {
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "embed": "fsdp",
+    "layers": None,
+    None: None,
+}
+
+
+def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
+    """Mesh with axes (data, fsdp, tensor) over all devices; data = -1 takes what remains.
+
+    Raises QtjaxError when the product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count, fixed = len(devices), section.fsdp * section.tensor
+    data = count // fixed if section.data == -1 else section.data
+    if data * fixed != count or data < 1:
+        raise QtjaxError(
+            f"mesh.data x mesh.fsdp x mesh.tensor = {section.data} x {section.fsdp} x {section.tensor}: the product must be"
+            f" the number of devices, {count}; set mesh.data to -1 and fsdp x tensor to a divisor of {count}"
+        )
+    return Mesh(np.asarray(devices).reshape(data, section.fsdp, section.tensor), AXES)
+
+
+def batch_size(mesh: Mesh) -> int:
+    """How many ways the batch dimension is cut."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over (data, fsdp), everything else whole."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def tree_shardings(mesh: Mesh, axes: Tree, shapes: Tree) -> Tree:
+    """NamedSharding per leaf from its logical axis names.
+
+    Args: axes: tree of tuples of logical names; shapes: a tree of the same paths with `.shape`.
+    Raises QtjaxError naming the leaf, dimension and mesh axis where the mesh does not divide the model.
+    """
+    names, leaves = flatten(axes), flatten(shapes)
+    out = {}
+    for path, leaf in leaves.items():
+        spec = [_RULES[name] for name in names[path]]
+        for dim, axis in enumerate(spec):
+            ways = mesh.shape[axis] if axis else 1
+            if leaf.shape[dim] % ways:
+                fitting = [w for w in range(1, ways + 1) if leaf.shape[dim] % w == 0 and mesh.size % w == 0]
+                raise QtjaxError(
+                    f"mesh.{axis} = {ways}: does not divide dimension {dim} of {path}, {leaf.shape[dim]};"
+                    f" values that do: {', '.join(map(str, fitting))}"
+                )
+        while spec and spec[-1] is None:
+            spec.pop()
+        out[path] = NamedSharding(mesh, P(*spec))
+    return unflatten(out)
+
+
+def rows_on_device(mesh: Mesh, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's rows as global arrays sharded over (data, fsdp); the rows of all processes together are the batch."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()}
+
+
+def round_up(count: int, multiple: int) -> int:
+    return math.ceil(count / multiple) * multiple
