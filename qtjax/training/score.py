@@ -1,0 +1,105 @@
+"""EU scores of a model: hidden states (models) -> nll and entropy per target (scoring) -> statistics per sample.
+
+R rows, B batch, L length, V vocab, D model, S segments.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from qtjax import models, scoring
+from qtjax.models import ModelConfig
+from qtjax.tree import Tree
+
+
+def score_rows(
+    config: ModelConfig,
+    params: Tree,
+    overlay: Any,
+    rows: Mapping[str, Array],
+    mesh: Mesh | None = None,
+    task_ids: Array | None = None,
+) -> tuple[Array, Array]:
+    """nll and entropy of every target of some rows: the jit-able core of scoring and of held-out loss.
+
+    A forward pass without [R, L, V]: the vocabulary projection runs on targets only (scoring.token_scores).
+
+    Args:
+      overlay: parameter-efficient overlay or None.
+      rows: arrays [R, L]: `input_ids` int, `loss_mask` bool, and optionally `attention_mask`, `position_ids` (default
+        arange) and `segment_ids` (0 is padding). The hidden state at t-1 predicts the token at t.
+      mesh: with a mesh, R must be a multiple of its data x fsdp devices; each scores its own rows.
+    Returns: token_nll, token_entropy, float32 [R, L] in nats, at the TARGET position; 0 where it is no target:
+      loss_mask False, padding, or the first token of a row or segment.
+    """
+    ids = jnp.asarray(rows["input_ids"], jnp.int32)
+    attention_mask, segment_ids = rows.get("attention_mask"), rows.get("segment_ids")
+    targets = scoring.target_mask(rows["loss_mask"], attention_mask, segment_ids)
+    hidden = models.hidden_states(
+        config, params, ids, attention_mask, rows.get("position_ids"), segment_ids, overlay, task_ids
+    )
+    # Slot t-1 of `following` is slot t of `x`. Labels are moved to the hidden states and not the other way round, since
+    # they are D times smaller; the wrapped last slot is never a target, because target_mask excludes slot 0.
+    following = partial(jnp.roll, shift=-1, axis=1)
+    nll, entropy = scoring.token_scores(
+        hidden.reshape(-1, hidden.shape[-1]),
+        models.head_kernel(config, params, overlay),
+        following(ids).reshape(-1),
+        following(targets).reshape(-1),
+        mesh=mesh,
+    )
+    return tuple(jnp.roll(scores.reshape(ids.shape), 1, axis=1) for scores in (nll, entropy))
+
+
+@partial(jax.jit, static_argnames=("config", "num_segments", "mesh"))
+def _eu_scores(config, params, overlay, rows, task_ids, num_segments, mesh):
+    nll, entropy = score_rows(config, params, overlay, rows, mesh, task_ids)
+    targets = scoring.target_mask(rows["loss_mask"], rows.get("attention_mask"), rows.get("segment_ids"))
+    return scoring.sample_scores(nll, entropy, targets, rows.get("segment_ids"), num_segments)
+
+
+def eu_scores(
+    config: ModelConfig,
+    params: Tree,
+    input_ids: Array,
+    loss_mask: Array,
+    attention_mask: Array | None = None,
+    position_ids: Array | None = None,
+    segment_ids: Array | None = None,
+    overlay: Any = None,
+    task_ids: Array | None = None,
+    *,
+    num_segments: int | None = None,
+    mesh: Mesh | None = None,
+) -> scoring.EUScores:
+    """Error and uncertainty of samples under the current model (Q-Tuning, arXiv 2509.23873, eq. 4 and 5), forward only.
+
+    Args:
+      input_ids: int [B, L], padded on either side. loss_mask: bool [B, L], True where the token is to be predicted.
+      attention_mask: [B, L], 1 for real tokens. position_ids: int [B, L], default arange.
+      segment_ids: int [B, L], samples 1..S packed into a row, 0 for padding.
+      overlay, task_ids: as in `models.hidden_states`.
+      num_segments: S, static; default: the largest segment id, which needs concrete `segment_ids` (not under jit).
+      mesh: devices that share the batch; B must be a multiple of data x fsdp.
+    Returns: EUScores with float32 perplexity = exp(mean nll) and entropy = mean entropy (nats) [B], or [B, S] when
+      `segment_ids` is given; token_nll and token_entropy [B, L] (nats) at the TARGET position, 0 where there is no
+      target; count int32 [B] or [B, S]. A sample without targets has count 0, perplexity and entropy NaN. The first
+      token of a row or segment is never a target.
+    """
+    if segment_ids is not None and num_segments is None:
+        num_segments = max(int(np.max(np.asarray(segment_ids), initial=0)), 1)
+    rows = {
+        "input_ids": input_ids,
+        "loss_mask": loss_mask,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "segment_ids": segment_ids,
+    }
+    rows = {name: jnp.asarray(array) for name, array in rows.items() if array is not None}
+    return _eu_scores(config, params, overlay, rows, task_ids, num_segments, mesh)
