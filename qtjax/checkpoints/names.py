@@ -104,3 +104,11 @@ def stored_shape(leaf_shape: tuple[int, ...], where: Place) -> tuple[int, ...]:
     """Shape of the torch tensor of a leaf of the tree: without the layer axis, matrices turned to (out, in)."""
     shape = tuple(leaf_shape) if where.layer is None else tuple(leaf_shape[1:])
     return shape[::-1] if where.transpose else shape
+
+
+def from_flax_name(name: str) -> str | None:
+    """"model/layers/3/mlp/up_proj/kernel" -> "model.layers.3.mlp.up_proj.weight"; None if the table has no such leaf."""
+    module, _, leaf = name.rpartition("/")
+    candidate = f"{module.replace('/', '.')}.{'bias' if leaf == 'bias' else 'weight'}"
+    found = place(candidate)
+    return candidate if found is not None and flax_name(found.path, found.layer) == name else None

@@ -1,0 +1,176 @@
+"""Adapters as Hugging Face PEFT folders: adapter_config.json and adapter_model.safetensors.
+
+What a method's settings and tensors are called is the method's own business (`overlays.METHODS`); this file knows the
+folder, the bytes and how to refuse what does not fit.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors asks numpy for
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from qtjax import models
+from qtjax.errors import QtjaxError, near_names
+from qtjax.overlays import METHODS, Overlay
+from qtjax.tree import Tree, describe_difference
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PICKLED = "adapter_model.bin"
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+def adapter_state_dict(overlay: Overlay) -> dict[str, np.ndarray]:
+    """The overlay's tensors by PEFT's names and in torch's layouts, as they stand in adapter_model.safetensors.
+
+    Returns: {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": float32 [r, in], ...} on the host; for
+      lora, layers that are not edited and the padding of unequal ranks are left out.
+    A gradient with respect to the trainables has the same tree, so that its tensors by PEFT's names are
+    `adapter_state_dict(overlay.replace(params=gradient))`.
+    """
+    return METHODS[overlay.method].tensors(overlay.spec, *jax.tree.map(_host, (overlay.params, overlay.frozen)))
+
+
+def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") -> None:
+    """Writes the folder that peft, vLLM and TGI load.
+
+    Args:
+      path: folder, made if it is missing; files of an earlier adapter in it are replaced, each at once.
+      base_model_name: what adapter_config.json names as the base (hub name or folder); empty: null.
+    On several hosts every process must call it; process 0 writes. Raises QtjaxError if the disk refuses.
+    """
+    folder = Path(path)
+    tensors = {k: np.ascontiguousarray(v, np.float32) for k, v in adapter_state_dict(overlay).items()}
+    fields = {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name or None,
+        "revision": None,
+        "inference_mode": True,
+        **METHODS[overlay.method].to_peft(overlay.spec),
+    }
+    if jax.process_index() != 0:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The weights first: a folder without its config is no adapter to any reader.
+        _replace(folder / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+        text = json.dumps(fields, indent=2, sort_keys=False) + "\n"
+        _replace(folder / CONFIG, lambda file: Path(file).write_text(text, encoding="utf-8"))
+    except (OSError, SafetensorError) as error:
+        raise QtjaxError(f"{folder}: the adapter could not be written ({_one_line(error)}); free space or choose another folder") from None
+
+
+def load_adapter(path: str | Path, config: models.ModelConfig, params: Tree | None) -> Overlay:
+    """Reads a PEFT folder as an overlay for this base model; training can go on from it.
+
+    Args:
+      path: folder with adapter_config.json and adapter_model.safetensors (pickled adapter_model.bin is refused).
+      config, params: the base model; only shapes are used, so `params` may be abstract or None.
+    Returns: an Overlay with float32 trainables (stored float16 and bfloat16 are widened) on the default device.
+    Raises QtjaxError, one line, for a folder or file that is missing or corrupt, a method or setting that is not
+    supported (named), and tensors that are missing, unknown or mis-shaped for this base (listed).
+    """
+    folder = Path(path)
+    peft_config = _read_config(folder)
+    method = _method(folder, peft_config)
+    base = models.abstract_params(config) if params is None else params
+    try:
+        spec = METHODS[method].from_peft(base, peft_config)
+    except QtjaxError as error:
+        raise QtjaxError(f"{folder / CONFIG}: {error}") from None
+    tensors = _read_tensors(folder)
+    difference = describe_difference(_expected(method, spec), tensors)
+    if difference:
+        raise QtjaxError(f"{folder / WEIGHTS}: does not fit {CONFIG} and this base model: {difference}")
+    return Overlay(method, spec, *METHODS[method].trees(spec, tensors))
+
+
+def _expected(method: str, spec: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the file must hold: the method's own naming, applied to the shapes of an overlay with these settings."""
+    return jax.eval_shape(lambda trees: METHODS[method].tensors(spec, *trees), METHODS[method].abstract(spec))
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    if not folder.is_dir():
+        raise QtjaxError(f"{folder}: no such folder; an adapter is a folder with {CONFIG} and {WEIGHTS}")
+    file = folder / CONFIG
+    if not file.is_file():
+        raise QtjaxError(f"{file}: missing; an adapter is a folder with {CONFIG} and {WEIGHTS}")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise QtjaxError(f"{file}: not readable as JSON ({_one_line(error)}); copy or download the adapter again") from None
+    if not isinstance(fields, dict):
+        raise QtjaxError(f"{file}: must be a JSON object of PEFT's fields, is a {type(fields).__name__}")
+    return fields
+
+
+def _method(folder: Path, peft_config: Mapping[str, Any]) -> str:
+    claiming = [name for name, method in METHODS.items() if method.claims(peft_config)]
+    if len(claiming) != 1:
+        kind, known = peft_config.get("peft_type"), [name.upper() for name in METHODS]
+        raise QtjaxError(
+            f"{folder / CONFIG}: peft_type {kind!r} is not supported{near_names(str(kind), known)}; supported: {', '.join(known)}"
+        )
+    return claiming[0]
+
+
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    file = folder / WEIGHTS
+    if not file.is_file():
+        if (folder / _PICKLED).is_file():
+            raise QtjaxError(
+                f"{folder / _PICKLED}: pickled weights can run code and are not read; load them with peft and save them"
+                f" with safe_serialization=True, which writes {WEIGHTS}"
+            )
+        raise QtjaxError(f"{file}: missing; copy or download the adapter again")
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise QtjaxError(
+            f"{file}: not a readable safetensors file ({_one_line(error)}); it is truncated or corrupt, copy or download it again"
+        ) from None
+    odd = sorted(name for name, value in tensors.items() if value.dtype.name not in _FLOATS)
+    if odd:
+        raise QtjaxError(f"{file}: {odd[0]!r} is stored as {tensors[odd[0]].dtype.name}; readable are {', '.join(_FLOATS)}")
+    return tensors
+
+
+def _host(value: Any) -> np.ndarray:
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        value = multihost_utils.process_allgather(value, tiled=True)
+    return np.asarray(value)
+
+
+def _replace(target: Path, write: Callable[[str], object]) -> None:
+    """Writes beside the target and renames, so that a reader sees the old file or the new one, never half of one."""
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(handle)
+    try:
+        write(name)
+        with open(name, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
