@@ -1,6 +1,15 @@
-"""Foreign byte formats end here: Hugging Face folders in and out, Flax msgpack in."""
+"""Foreign byte formats end here: Hugging Face folders in and out, Flax msgpack in, PEFT adapters in and out."""
 
+from qtjax.checkpoints.adapters import adapter_state_dict, load_adapter, save_adapter
 from qtjax.checkpoints.folder import read_config, resolve_folder
 from qtjax.checkpoints.pretrained import load_pretrained, save_pretrained
 
-__all__ = ["load_pretrained", "read_config", "resolve_folder", "save_pretrained"]
+__all__ = [
+    "adapter_state_dict",
+    "load_adapter",
+    "load_pretrained",
+    "read_config",
+    "resolve_folder",
+    "save_adapter",
+    "save_pretrained",
+]

@@ -5,9 +5,7 @@ folder, the bytes and how to refuse what does not fit.
 """
 
 import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,11 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors
 import numpy as np
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from qtjax import models
+from qtjax.atomic import disk_errors, write_atomic
+from qtjax.checkpoints.folder import read_json
 from qtjax.errors import QtjaxError, near_names
 from qtjax.overlays import METHODS, Overlay
 from qtjax.tree import Tree, describe_difference
@@ -44,9 +44,10 @@ def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") 
     """Writes the folder that peft, vLLM and TGI load.
 
     Args:
-      path: folder, made if it is missing; files of an earlier adapter in it are replaced, each at once.
+      path: folder, made if it is missing; the files of an earlier adapter in it are replaced atomically.
       base_model_name: what adapter_config.json names as the base (hub name or folder); empty: null.
-    On several hosts every process must call it; process 0 writes. Raises QtjaxError if the disk refuses.
+    On several hosts every process must call it; process 0 writes. Raises QtjaxError if the disk
+    refuses; a file of an earlier adapter is then left as it was.
     """
     folder = Path(path)
     tensors = {k: np.ascontiguousarray(v, np.float32) for k, v in adapter_state_dict(overlay).items()}
@@ -59,14 +60,11 @@ def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") 
     }
     if jax.process_index() != 0:
         return
-    try:
+    with disk_errors(folder, "making the folder"):
         folder.mkdir(parents=True, exist_ok=True)
-        # The weights first: a folder without its config is no adapter to any reader.
-        _replace(folder / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-        text = json.dumps(fields, indent=2, sort_keys=False) + "\n"
-        _replace(folder / CONFIG, lambda file: Path(file).write_text(text, encoding="utf-8"))
-    except (OSError, SafetensorError) as error:
-        raise QtjaxError(f"{folder}: the adapter could not be written ({_one_line(error)}); free space or choose another folder") from None
+    # The weights first: to every reader a folder without its config is no adapter.
+    write_atomic(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    write_atomic(folder / CONFIG, json.dumps(fields, indent=2) + "\n")
 
 
 def load_adapter(path: str | Path, config: models.ModelConfig, params: Tree | None) -> Overlay:
@@ -105,13 +103,7 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
         raise QtjaxError(f"{file}: missing; an adapter is a folder with {CONFIG} and {WEIGHTS}")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise QtjaxError(f"{file}: not readable as JSON ({_one_line(error)}); copy or download the adapter again") from None
-    if not isinstance(fields, dict):
-        raise QtjaxError(f"{file}: must be a JSON object of PEFT's fields, is a {type(fields).__name__}")
-    return fields
+    return read_json(file)
 
 
 def _method(folder: Path, peft_config: Mapping[str, Any]) -> str:
@@ -149,27 +141,6 @@ def _host(value: Any) -> np.ndarray:
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         value = multihost_utils.process_allgather(value, tiled=True)
     return np.asarray(value)
-
-
-def _replace(target: Path, write: Callable[[str], object]) -> None:
-    """Writes beside the target and renames, so that a reader sees the old file or the new one, never half of one."""
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(handle)
-    try:
-        write(name)
-        with open(name, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _one_line(error: Exception) -> str:

@@ -1,0 +1,202 @@
+"""Which linear modules a method edits: PEFT's target rules, resolved against a parameter tree.
+
+Modules are known here by their tree path, "layers/self_attn/q_proj", which stands for one HF module a layer,
+"model.layers.{n}.self_attn.q_proj". PEFT's rules speak about the latter, so they are tried on those names.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qtjax.errors import QtjaxError, near_names
+from qtjax.tree import flatten
+
+ALL_LINEAR = "all-linear"
+
+_ORDER = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+
+Names = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A stacked kernel [N, in, out]: its module's tree path and its three sizes."""
+
+    path: str
+    layers: int
+    inputs: int
+    outputs: int
+
+    @property
+    def name(self) -> str:
+        return self.path.rsplit("/", 1)[-1]
+
+    def module(self, layer: int) -> str:
+        """HF's name of this module in one layer: "model.layers.3.self_attn.q_proj"."""
+        return f"model.layers.{layer}." + self.path.removeprefix("layers/").replace("/", ".")
+
+
+def linear_modules(params: Mapping[str, Any]) -> tuple[Linear, ...]:
+    """The layers' linear modules of a parameter tree, in the model's order. Leaves need only a shape.
+
+    Raises QtjaxError for a tree without stacked kernels.
+    """
+    found = [
+        Linear(path.removesuffix("/kernel"), *leaf.shape)
+        for path, leaf in flatten(params).items()
+        if path.startswith("layers/") and path.endswith("/kernel") and len(leaf.shape) == 3
+    ]
+    if not found:
+        raise QtjaxError("params: has no layers/.../kernel of shape [N, in, out]; give the tree of load_pretrained")
+    return tuple(sorted(found, key=lambda linear: (_ORDER.find(linear.name), linear.path)))
+
+
+def as_names(value: Any, field: str) -> Names | None:
+    """A field that PEFT allows to be a text or a list of texts: the text, a sorted tuple, or None when empty."""
+    if value is None or isinstance(value, str):
+        return value or None
+    if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(v, str) for v in value):
+        return tuple(sorted(set(value))) or None
+    raise QtjaxError(f"{field} = {value!r}: must be a text or a list of texts")
+
+
+def compiled(pattern: str, field: str) -> re.Pattern[str]:
+    """The regex, or a QtjaxError that says what is wrong with it."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise QtjaxError(f"{field} = {pattern!r}: is not a valid regular expression ({error})") from None
+
+
+def _hits(rule: Names | None, module: str, field: str) -> bool:
+    """PEFT's check: a text is a regex that matches the whole module name, a list holds names or dotted endings."""
+    if rule is None:
+        return False
+    if isinstance(rule, str):
+        return compiled(rule, field).fullmatch(module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in rule)
+
+
+def _other_modules(linears: Sequence[Linear]) -> list[str]:
+    """HF modules that a rule can hit and that no method here edits as a linear module of the layers."""
+    found = ["lm_head", "model", "model.embed_tokens", "model.layers", "model.norm"]
+    for n in range(linears[0].layers):
+        layer = f"model.layers.{n}"
+        found += [layer, f"{layer}.self_attn", f"{layer}.mlp"]
+        found += [f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"]
+    return found
+
+
+def normalize_targets(value: Any, linears: Sequence[Linear]) -> Names:
+    """`target_modules` as the rule that PEFT understands: a regex, or a sorted tuple of names.
+
+    "all-linear" (any case) becomes the names of the layers' linear modules; the head is never among them. A text is a
+    regex if it matches a whole module name, as in PEFT; otherwise, when it holds only names, commas and blanks, it is a
+    list ("q_proj,v_proj"), which PEFT would refuse. Raises QtjaxError for anything else.
+    """
+    rule = as_names(value, "target_modules")
+    if rule is None:
+        raise QtjaxError(f"target_modules = {value!r}: must name at least one module, or be {ALL_LINEAR!r}")
+    if not isinstance(rule, str):
+        return rule
+    if rule.lower() == ALL_LINEAR:
+        return tuple(sorted({linear.name for linear in linears}))
+    if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*\s*,?", rule.strip()):
+        if not any(_hits(rule, linear.module(n), "target_modules") for linear in linears for n in range(linear.layers)):
+            return tuple(sorted({name.strip() for name in rule.split(",") if name.strip()}))
+    compiled(rule, "target_modules")
+    return rule
+
+
+def resolve(
+    target_modules: Names,
+    linears: Sequence[Linear],
+    *,
+    exclude_modules: Names | None = None,
+    layers_to_transform: tuple[int, ...] | None = None,
+    strict: bool = True,
+) -> dict[str, tuple[bool, ...]]:
+    """{tree path: in which of the N layers it is edited} for every linear module that the rules hit somewhere.
+
+    Args:
+      target_modules, exclude_modules: normalized rules (`normalize_targets`, `as_names`).
+      layers_to_transform: layer indices; only with a list of names, as in PEFT.
+      strict: also refuse a name or an index that hits nothing while others do (PEFT takes it silently, and adapters
+        in the wild list names of several architectures, so reading one is not strict).
+    Raises QtjaxError, with near names, when nothing is hit, and for a rule that hits something other than a linear
+    module of the layers.
+    """
+    if layers_to_transform is not None and isinstance(target_modules, str):
+        raise QtjaxError(
+            f"layers_to_transform = {list(layers_to_transform)}: needs target_modules as a list of names, got the regex"
+            f" {target_modules!r}; say the layers in the regex instead"
+        )
+    count = linears[0].layers
+    bad = [n for n in layers_to_transform or () if strict and not 0 <= n < count]
+    if bad:
+        raise QtjaxError(f"layers_to_transform = {bad[0]}: the model has layers 0 to {count - 1}")
+    for module in _other_modules(linears):
+        excluded = _hits(exclude_modules, module, "exclude_modules")
+        if not excluded and _hits(target_modules, module, "target_modules"):
+            raise QtjaxError(
+                f"target_modules = {_shown(target_modules)}: matches {module!r}, which is not a linear module of the"
+                f" layers; name only {_names(linears)}"
+            )
+    chosen = {}
+    for linear in linears:
+        hits = tuple(
+            (layers_to_transform is None or n in layers_to_transform)
+            and _hits(target_modules, linear.module(n), "target_modules")
+            and not _hits(exclude_modules, linear.module(n), "exclude_modules")
+            for n in range(count)
+        )
+        if any(hits):
+            chosen[linear.path] = hits
+    modules = [linear.module(n) for linear in linears for n in range(count)]
+    for name in () if isinstance(target_modules, str) or not (strict or not chosen) else target_modules:
+        if not any(_hits((name,), module, "target_modules") for module in modules):
+            raise QtjaxError(
+                f"target_modules: {name!r} matches no linear module{near_names(name, _known(linears))};"
+                f" the model has {_names(linears)}"
+            )
+    if not chosen:
+        raise QtjaxError(
+            f"target_modules = {_shown(target_modules)}: matches no linear module{_excluding(exclude_modules)}"
+            f"{near_names(str(target_modules), modules) if isinstance(target_modules, str) else ''};"
+            f" a text is a regex for a whole module name such as {modules[0]!r}, a list holds names: {_names(linears)}"
+        )
+    return chosen
+
+
+def pattern_value(patterns: Sequence[tuple[str, Any]], module: str, default: Any, field: str) -> Any:
+    """PEFT's rank_pattern and alpha_pattern: the value of the first key that is, as a regex, the module's name or its
+    dotted ending; `default` if none is."""
+    for key, value in patterns:
+        if compiled(rf"(.*\.)?({key})$", field).match(module):
+            return value
+    return default
+
+
+def check_patterns(patterns: Sequence[tuple[str, Any]], modules: Sequence[str], field: str) -> None:
+    """Raises QtjaxError, with near names, for a pattern that matches none of the edited modules."""
+    for key, _ in patterns:
+        if not any(compiled(rf"(.*\.)?({key})$", field).match(module) for module in modules):
+            names = sorted({module.rsplit(".", 1)[-1] for module in modules})
+            raise QtjaxError(f"{field}: {key!r} matches no edited module{near_names(key, names)}")
+
+
+def _known(linears: Sequence[Linear]) -> list[str]:
+    return [linear.name for linear in linears] + [linear.path.removeprefix("layers/").replace("/", ".") for linear in linears]
+
+
+def _names(linears: Sequence[Linear]) -> str:
+    return ", ".join(linear.name for linear in linears)
+
+
+def _shown(rule: Names) -> str:
+    return repr(rule) if isinstance(rule, str) else ",".join(rule)
+
+
+def _excluding(rule: Names | None) -> str:
+    return "" if rule is None else f" that exclude_modules = {_shown(rule)} leaves"
