@@ -1,0 +1,105 @@
+"""Files that are either whole or absent: atomic replacement, all-or-nothing appends, and one-line errors for a bad disk."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from qtjax.errors import QtjaxError
+
+_TEMPORARY = ".tmp"
+
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full: free some space, then run the same command again, it continues from what is saved",
+    errno.EDQUOT: "the disk quota is used up: free some space, then run the same command again, it continues from what is saved",
+    errno.EFBIG: "the file would be larger than this file system allows: choose a folder on another disk",
+    errno.EACCES: "no permission: choose a folder that you may write to, or change its permissions",
+    errno.EPERM: "no permission: choose a folder that you may write to, or change its permissions",
+    errno.EROFS: "the file system is read-only: choose a folder on another disk",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another path",
+    errno.EISDIR: "a folder is in the way: move it, or choose another path",
+    errno.ENAMETOOLONG: "the name is too long: choose a shorter path",
+    errno.EIO: "the disk reports an error: check it, or choose a folder on another disk",
+}
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | os.PathLike, doing: str = "writing") -> Iterator[None]:
+    """Turns an OSError of the block into a one-line QtjaxError: "writing PATH: what happened; remedy".
+
+    Args:
+      path: what is being written or read, for the message.
+      doing: the first word of the message.
+    """
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno, "check the path, or choose another one")
+        reason = error.strerror or str(error)
+        raise QtjaxError(f"{doing} {path}: {reason}; {remedy}") from error
+
+
+def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
+    """Replaces `path` by `data` (text as UTF-8) so that a reader, a crash or a full disk sees the old file or the new one.
+
+    Writes a hidden temporary file in the same folder, syncs it, renames it over `path` and syncs the folder. The folder
+    must exist. Raises QtjaxError when the disk refuses; the old file is then untouched and no temporary one is left.
+    """
+    path = Path(path)
+    data = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
+    with disk_errors(path):
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            try:
+                _write_all(fd, data)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        sync_folder(path.parent)
+
+
+def append_whole(fd: int, data: bytes, path: str | os.PathLike) -> None:
+    """Appends `data` to the open file, all of it or nothing: a short write (a disk that fills up) is taken back.
+
+    Args:
+      fd: opened for writing with O_APPEND; `path` is its name, for the message.
+    Raises QtjaxError when the disk refuses.
+    """
+    with disk_errors(path):
+        before = os.fstat(fd).st_size
+        try:
+            _write_all(fd, data)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, before)
+            raise
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def sync_folder(folder: str | os.PathLike) -> None:
+    """Makes renames and removals in `folder` durable where the file system can (some network ones cannot)."""
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Deletes temporary files that a killed `write_atomic` left in `folder`; only safe while nobody else writes there."""
+    with disk_errors(folder, "clearing"):
+        for path in Path(folder).glob(f".*{_TEMPORARY}"):
+            path.unlink(missing_ok=True)
