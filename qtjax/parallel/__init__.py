@@ -1,5 +1,6 @@
 """Mesh, shardings and multi-host start-up."""
 
+from qtjax.parallel.hosts import agree_max, agree_sum, local_rows
 from qtjax.parallel.mesh import (
     AXES,
     BATCH_AXES,
@@ -16,8 +17,11 @@ from qtjax.parallel.sharding import param_shardings
 __all__ = [
     "AXES",
     "BATCH_AXES",
+    "agree_max",
+    "agree_sum",
     "batch_sharding",
     "batch_size",
+    "local_rows",
     "make_mesh",
     "param_shardings",
     "replicated",

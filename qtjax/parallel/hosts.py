@@ -1,0 +1,30 @@
+"""What several processes must agree on; with one process each of these is the identity."""
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from qtjax.parallel.mesh import BATCH_AXES
+
+
+def agree_max(value: int) -> int:
+    """The largest of all processes' values, so that all launch the same number of microbatches."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.int64(value))))
+
+
+def agree_sum(value: int) -> int:
+    """The sum of all processes' values."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.sum(multihost_utils.process_allgather(np.int64(value))))
+
+
+def local_rows(mesh: Mesh, array: jax.Array) -> np.ndarray:
+    """This process's rows of an array that is sharded by row over (data, fsdp)."""
+    if jax.process_count() == 1:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.global_array_to_host_local_array(array, mesh, P(BATCH_AXES)))

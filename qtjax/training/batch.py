@@ -1,0 +1,120 @@
+"""Host side of a step: one scoring batch read sample by sample, packed into rows, and its survivors packed again.
+
+N samples (this process's part of the scoring batch, padding included), T slots per sample, R rows, L slots per row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qtjax.config import PruneSection
+from qtjax.data.packing import PackedRows, PackSample, drop_tokens, fill_rows, pack
+from qtjax.parallel import agree_max
+from qtjax.training.ladder import cut
+
+
+@dataclass(frozen=True)
+class ScoringBatch:
+    """Samples side by side, padded on the right: what the decision is made on.
+
+    indices int64 [N], -1 for padding; input_ids int32 [N, T]; targets, closing bool [N, T]; lengths int32 [N] in tokens.
+    """
+
+    indices: np.ndarray
+    input_ids: np.ndarray
+    targets: np.ndarray
+    closing: np.ndarray
+    lengths: np.ndarray
+
+    @property
+    def valid(self) -> np.ndarray:
+        return self.indices >= 0
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """One launch: rows arrays [R, L] for the device, and where each slot came from (sample -1: padding)."""
+
+    rows: dict[str, np.ndarray]
+    sample: np.ndarray
+    size: int
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens among the R x L slots."""
+        return int((self.sample >= 0).sum())
+
+
+def read_batch(dataset, indices: np.ndarray, length: int) -> ScoringBatch:
+    """Copies the samples `indices` (-1: none) of a TokenizedDataset side by side."""
+    count = len(indices)
+    input_ids = np.zeros((count, length), np.int32)
+    targets, closing = np.zeros((count, length), bool), np.zeros((count, length), bool)
+    lengths = np.zeros(count, np.int32)
+    for i, index in enumerate(indices):
+        if index >= 0:
+            ids, mask, close = dataset.sample(int(index))
+            lengths[i] = len(ids)
+            input_ids[i, : len(ids)], targets[i, : len(ids)], closing[i, : len(ids)] = ids, mask, close
+    targets[:, 0] = closing[:, 0] = False  # nothing stands before a sample's first token
+    return ScoringBatch(np.asarray(indices), input_ids, targets, closing, lengths)
+
+
+def whole_samples(batch: ScoringBatch) -> list[PackSample]:
+    """Every sample as it is, for the scoring pass."""
+    return [
+        PackSample(batch.input_ids[i, :n], batch.targets[i, :n], np.arange(n, dtype=np.int32), i)
+        for i, n in enumerate(batch.lengths)
+        if n > 0
+    ]
+
+
+def survivors(batch: ScoringBatch, tokens: np.ndarray, prune: PruneSection) -> list[PackSample]:
+    """What is left to train on after the decision (method: mask or drop).
+
+    Args: tokens bool [N, T]: the targets that stay in the loss.
+    mask: everything after the last kept target is cut off, which changes no gradient; drop: pruned targets leave the input.
+    """
+    out = []
+    for i in np.flatnonzero(tokens.any(axis=1)):
+        end = int(np.flatnonzero(tokens[i])[-1]) + 1
+        ids, kept, targets = batch.input_ids[i, :end], tokens[i, :end], batch.targets[i, :end]
+        positions = np.arange(end, dtype=np.int32)
+        if prune.mode == "drop":
+            ids, kept, positions = drop_tokens(ids, targets, kept, compact_positions=prune.compact_positions)
+        out.append(PackSample(ids, kept, positions, i))
+    return out
+
+
+def microbatches(samples: Sequence[PackSample], shapes: tuple[int, ...], row_length: int, processes: int) -> list[Microbatch]:
+    """Packs samples densely into the ladder's shapes; all processes launch the same number of each.
+
+    Args: shapes: global rows per launch, largest first; a process fills shapes[i] / processes of them.
+    """
+    bins = pack([len(s.input_ids) for s in samples], row_length)
+    out, start = [], 0
+    for size in cut(agree_max(len(bins)) * processes, shapes):
+        own = size // processes
+        packed = fill_rows(samples, bins[start : start + own], own, row_length)
+        out.append(Microbatch(_for_device(packed), packed.sample, size))
+        start += own
+    return out
+
+
+def _for_device(packed: PackedRows) -> dict[str, np.ndarray]:
+    return {
+        "input_ids": packed.input_ids,
+        "position_ids": packed.position_ids,
+        "segment_ids": packed.segment_ids,
+        "weights": packed.loss_mask.astype(np.float32),
+    }
+
+
+def to_samples(batch: ScoringBatch, parts: Sequence[Microbatch], scores: Sequence[np.ndarray]) -> np.ndarray:
+    """Token scores of packed rows [R, L] back to their samples: float32 [N, T]. The samples must have been whole."""
+    out = np.zeros(batch.input_ids.shape, np.float32)
+    for part, values in zip(parts, scores):
+        real = part.sample >= 0
+        out[part.sample[real], part.rows["position_ids"][real]] = values[real]
+    return out

@@ -1,0 +1,225 @@
+"""The bilevel loop: score a batch under the current weights, choose samples and tokens, train on what is left.
+
+Owns clocks, files and logs; everything numeric is in step.py. One call of `step` is one optimizer step.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from qtjax.config import Config
+from qtjax.data.dataset import TokenizedDataset
+from qtjax.data.iterate import BatchPlan
+from qtjax.errors import QtjaxError
+from qtjax.parallel import agree_sum, local_rows, replicated, rows_on_device
+from qtjax.training.batch import Microbatch, ScoringBatch, microbatches, read_batch, survivors, to_samples, whole_samples
+from qtjax.training.programs import Programs
+from qtjax.training.state import TrainState
+from qtjax.training.step import Decision
+from qtjax.tree import Tree
+
+# Where a step's seconds go.
+CLOCKS = ("score", "pack", "train")
+
+
+@dataclass
+class Totals:
+    """Sums over all steps so far; they travel in the checkpoint. Seconds by clock, counts of samples and tokens."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CLOCKS, 0.0))
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        for clock in CLOCKS:
+            self.seconds[clock] += metrics[f"seconds_{clock}"]
+        for name, value in metrics.items():
+            if isinstance(value, int) and name not in ("step", "epoch"):
+                self.counts[name] = self.counts.get(name, 0) + value
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What needs no weights: read and packed ahead of time, in a thread."""
+
+    batch: ScoringBatch
+    scoring: list[Microbatch]
+
+
+class Loop:
+    """State and programs of one run.
+
+    Args: shapes: the ladder of global rows per launch; schedule: learning rate by optimizer step.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        dataset: TokenizedDataset,
+        plan: BatchPlan,
+        programs: Programs,
+        state: TrainState,
+        frozen: Tree,
+        *,
+        shapes: tuple[int, ...],
+        row_length: int,
+        schedule: Callable[[int], Any],
+    ):
+        self.config, self.mesh, self.dataset, self.plan, self.programs = config, mesh, dataset, plan, programs
+        self.state, self.frozen, self.shapes, self.row_length, self.schedule = state, frozen, shapes, row_length, schedule
+        self.prunes = config.prune.sample_pruner != "none"
+        self.samples = self._padded(plan.local_size)
+        self.key = jax.random.key(config.train.seed)
+        self.totals = Totals()
+        self._thread = ThreadPoolExecutor(1)
+        self._next: tuple[int, Future] | None = None
+
+    def _padded(self, count: int) -> int:
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"] // jax.process_count() or 1
+        return -(-count // ways) * ways
+
+    def _prepare(self, step: int) -> Prepared:
+        indices = self.plan.batch(step)
+        indices = np.concatenate([indices, np.full(self.samples - len(indices), -1, np.int64)])
+        batch = read_batch(self.dataset, indices, self.config.data.max_length)
+        scoring = self._pack(whole_samples(batch)) if self.prunes else []
+        return Prepared(batch, scoring)
+
+    def _pack(self, samples: list) -> list[Microbatch]:
+        return microbatches(samples, self.shapes, self.row_length, jax.process_count())
+
+    def _prepared(self, step: int, last: int) -> Prepared:
+        """This step's batch, and the next one's on its way."""
+        ready = self._next[1] if self._next and self._next[0] == step else self._thread.submit(self._prepare, step)
+        prepared = ready.result()
+        self._next = (step + 1, self._thread.submit(self._prepare, step + 1)) if step + 1 < last else None
+        return prepared
+
+    def score(self, prepared: Prepared) -> Decision:
+        """EU scores of every sample under the current weights, then both stages, over the global batch."""
+        launched = [
+            self.programs.score[part.size](self.state.trainable, self.frozen, rows_on_device(self.mesh, part.rows))
+            for part in prepared.scoring
+        ]
+        tokens = [[local_rows(self.mesh, pair[i]) for pair in launched] for i in (0, 1)]
+        nll, entropy = (to_samples(prepared.batch, prepared.scoring, each) for each in tokens)
+        batch = prepared.batch
+        on_device = rows_on_device(
+            self.mesh, {"nll": nll, "entropy": entropy, "t": batch.targets, "c": batch.closing, "v": batch.valid}
+        )
+        return self.programs.decide(*on_device.values())
+
+    def gradients(self, parts: list[Microbatch], step: int) -> tuple[Tree, jax.Array]:
+        """Summed gradients and loss of a step's microbatches."""
+        gradients, loss = self.programs.zeros()
+        for i, part in enumerate(parts):
+            key = None
+            if self.programs.uses_rng:
+                raw = jax.random.key_data(jax.random.fold_in(jax.random.fold_in(self.key, step), i))
+                key = jax.device_put(raw, replicated(self.mesh))
+            rows = rows_on_device(self.mesh, part.rows)
+            gradients, loss = self.programs.accumulate[part.size](
+                self.state.trainable, self.frozen, gradients, loss, rows, key
+            )
+        return gradients, loss
+
+    def step(self, step: int, last: int) -> tuple[dict[str, Any], dict[str, np.ndarray] | None]:
+        """Optimizer step number step + 1 (`step` done so far, `last` in all).
+
+        Returns: (metrics, EU record columns or None without scoring).
+        Raises QtjaxError when the loss is not finite; the state is then not to be saved.
+        """
+        clock = _Clock()
+        prepared = self._prepared(step, last)
+        clock.lap("pack")
+        decision, columns = None, None
+        if self.prunes:
+            decision = jax.block_until_ready(self.score(prepared))
+            tokens = local_rows(self.mesh, decision.tokens)
+            clock.lap("score")
+        else:
+            tokens = prepared.batch.targets
+        parts = self._pack(survivors(prepared.batch, tokens, self.config.prune))
+        targets = agree_sum(int(tokens.sum()))
+        clock.lap("pack")
+        norm, loss = 0.0, 0.0
+        if targets:
+            total, loss_sum = self.gradients(parts, step)
+            divisor = jax.device_put(np.float32(targets), replicated(self.mesh))
+            self.state, measured = self.programs.update(self.state, total, divisor)
+            loss, norm = float(loss_sum) / targets, float(measured["grad_norm"])
+            if not (np.isfinite(loss) and np.isfinite(norm)):
+                raise QtjaxError(
+                    f"step {step + 1}: loss {loss}, gradient norm {norm}: training diverged; the last checkpoint is whole."
+                    " Try a lower train.learning_rate, train.clip_norm 1.0, more warm-up, or model.dtype float32"
+                )
+        clock.lap("train")
+        metrics = {"step": step + 1, "epoch": step // self.plan.steps_per_epoch, "loss": loss}
+        metrics |= {"learning_rate": float(self.schedule(step)), "grad_norm": norm, "skipped": int(not targets)}
+        metrics |= self._count(prepared, decision, tokens, parts, targets)
+        metrics |= {f"seconds_{name}": clock.seconds[name] for name in CLOCKS}
+        self.totals.add(metrics)
+        if decision is not None:
+            columns = self._records(prepared.batch, decision, tokens, metrics["epoch"])
+        return metrics, columns
+
+    def _count(self, prepared: Prepared, decision: Decision | None, tokens, parts, targets: int) -> dict[str, Any]:
+        batch = prepared.batch
+        out: dict[str, Any] = {"samples": int(batch.valid.sum()), "target_tokens": int(batch.targets.sum())}
+        if decision is not None:
+            d = Decision(*[None if f == "tokens" else np.asarray(v) for f, v in zip(Decision._fields, decision)])
+            picked = d.keep & ~d.supplement
+            out |= {"eligible": int((d.median_quadrant > 0).sum()), "kept_samples": int(d.keep.sum())}
+            out |= {f"kept_q{q}": int((picked & (d.quadrant == q)).sum()) for q in (2, 3, 4)}
+            out["supplement"] = int(d.supplement.sum())
+            out |= {f"supplement_median_q{q}": int((d.supplement & (d.median_quadrant == q)).sum()) for q in (1, 2, 3, 4)}
+            out |= {"level": _finite(d.level), "spearman": _finite(d.spearman)}
+        else:
+            out |= {"eligible": out["samples"], "kept_samples": int(tokens.any(axis=1).sum())}
+        kept = tokens.any(axis=1)
+        closing = batch.closing & batch.targets & kept[:, None]
+        slots = sum(part.sample.size for part in parts)
+        filled = sum(part.tokens for part in parts)
+        return out | {
+            "kept_tokens": targets,
+            "closing_tokens": int(closing.sum()),
+            "closing_pruned": int((closing & ~tokens).sum()),
+            "scored_tokens": sum(part.tokens for part in prepared.scoring),
+            "trained_tokens": filled,
+            "trained_slots": slots,
+            "fill": filled / slots if slots else 0.0,
+        }
+
+    def _records(self, batch: ScoringBatch, decision: Decision, tokens: np.ndarray, epoch: int) -> dict[str, np.ndarray]:
+        rows = np.where(batch.valid, self.dataset.row_index[np.maximum(batch.indices, 0)], -1)
+        first = jax.process_index() * len(rows)
+        own = {
+            name: np.asarray(getattr(decision, name))[first : first + len(rows)]
+            for name in ("perplexity", "entropy", "count", "quadrant", "median_quadrant", "keep", "supplement")
+        }
+        return {"epoch": epoch, "row": rows, **own, "kept_tokens": tokens.sum(axis=1)}
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(CLOCKS, 0.0)
+        self._at = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] += now - self._at
+        self._at = now
+
+
+def _finite(value: Any) -> float | None:
+    value = float(value)
+    return value if np.isfinite(value) else None

@@ -1,0 +1,119 @@
+"""Every compiled program of a run, compiled before the first step: after that a new shape is an error, not a stall."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from qtjax.config import PruneSection
+from qtjax.parallel import batch_sharding, replicated
+from qtjax.training.score import score_rows
+from qtjax.training.state import Subject, TrainState, optimizer_shardings
+from qtjax.training.step import Decision, accumulate, decide, update
+from qtjax.tree import Tree
+
+Shapes = Any  # a tree of jax.ShapeDtypeStruct
+
+
+def rows_shape(mesh: Mesh, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of one packed microbatch of `rows` x `length` slots, sharded by row."""
+    kinds = {"input_ids": jnp.int32, "position_ids": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}
+    sharding = batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct((rows, length), kind, sharding=sharding) for name, kind in kinds.items()}
+
+
+def _score(subject: Subject, mesh: Mesh, trainable: Tree, frozen: Tree, rows: dict[str, jax.Array]):
+    params, overlay = subject.join(trainable, frozen)
+    return score_rows(subject.config, params, overlay, rows | {"loss_mask": rows["weights"] > 0}, mesh)
+
+
+class Programs:
+    """The compiled functions of the loop, by microbatch rows where that varies.
+
+    score[rows](trainable, frozen, rows) -> token nll, entropy [rows, L]
+    decide(token_nll, token_entropy, targets, closing, valid) -> Decision
+    zeros() -> (gradients, loss);  accumulate[rows](trainable, frozen, gradients, loss, rows, rng) -> (gradients, loss)
+    update(state, gradients, targets) -> (state, metrics)
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        mesh: Mesh,
+        prune: PruneSection,
+        optimizer: optax.GradientTransformation,
+        state: TrainState,
+        frozen: Tree,
+        *,
+        shapes: tuple[int, ...],
+        row_length: int,
+        samples: int,
+        max_length: int,
+        on_done: Callable[[str], None] = lambda name: None,
+    ):
+        everywhere, by_row = replicated(mesh), batch_sharding(mesh)
+        abstract = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding))
+        trainable, frozen = abstract(state.trainable), abstract(frozen)
+        state = TrainState(trainable, abstract(state.optimizer))
+        shardings = subject.shardings(mesh)
+        gradients = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), trainable)
+        scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+        key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere) if _uses_rng(subject) else None
+        jobs: dict[str, Callable[[], Any]] = {}
+
+        def job(name: str, function: Callable, *arguments: Shapes, **options: Any) -> None:
+            jobs[name] = lambda: jax.jit(function, **options).lower(*arguments).compile()
+
+        for rows in shapes:
+            packed = rows_shape(mesh, rows, row_length)
+            if prune.sample_pruner != "none":
+                job(f"score {rows}", partial(_score, subject, mesh), trainable, frozen, packed, out_shardings=by_row)
+            job(
+                f"accumulate {rows}", partial(_accumulate, subject, mesh), trainable, frozen, gradients, scalar, packed, key,
+                donate_argnums=(2, 3), out_shardings=(shardings, everywhere),
+            )  # fmt: skip
+        if prune.sample_pruner != "none":
+            per_token = [jax.ShapeDtypeStruct((samples, max_length), d, sharding=by_row) for d in (jnp.float32, bool)]
+            out = Decision(*[everywhere] * len(Decision._fields))._replace(tokens=by_row)
+            valid = jax.ShapeDtypeStruct((samples,), bool, sharding=by_row)
+            real, flag = per_token
+            job("decide", partial(decide, prune), real, real, flag, flag, valid, out_shardings=out)
+
+        def zeros() -> tuple[Tree, jax.Array]:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable), jnp.float32(0)
+
+        job("zeros", zeros, out_shardings=(shardings, everywhere))
+        after = TrainState(shardings, optimizer_shardings(optimizer, trainable, shardings, mesh))
+        job(
+            "update", partial(update, optimizer), state, gradients, scalar,
+            donate_argnums=(0,), out_shardings=(after, everywhere),
+        )  # fmt: skip
+
+        def compile_one(name: str) -> Any:
+            with jax.set_mesh(mesh):
+                done = jobs[name]()
+            on_done(name)
+            return done
+
+        with ThreadPoolExecutor(2) as pool:  # XLA compiles outside Python's lock
+            compiled = dict(zip(jobs, pool.map(compile_one, jobs)))
+        self.count = len(compiled)
+        self.uses_rng = _uses_rng(subject)
+        self.score = {rows: compiled[f"score {rows}"] for rows in shapes if f"score {rows}" in compiled}
+        self.accumulate = {rows: compiled[f"accumulate {rows}"] for rows in shapes}
+        self.decide = compiled.get("decide")
+        self.zeros, self.update = compiled["zeros"], compiled["update"]
+
+
+def _uses_rng(subject: Subject) -> bool:
+    return subject.overlay is not None and getattr(subject.overlay.spec, "lora_dropout", 0.0) > 0
+
+
+def _accumulate(subject, mesh, trainable, frozen, gradients, loss, rows, key):
+    rng = None if key is None else jax.random.wrap_key_data(key)
+    return accumulate(subject, mesh, trainable, frozen, gradients, loss, rows, rng)

@@ -1,0 +1,39 @@
+"""A run folder back to a model: for export, evaluation and generation after training."""
+
+from pathlib import Path
+
+import jax
+
+from qtjax import models
+from qtjax.checkpoints.run_state import RunState
+from qtjax.config import Config, MeshSection, from_json
+from qtjax.errors import QtjaxError
+from qtjax.overlays import Overlay
+from qtjax.parallel import make_mesh
+from qtjax.training.setup import checkpoint_tree, load_model, start
+from qtjax.tree import Tree
+
+
+def load_run(folder: str | Path) -> tuple[Config, models.ModelConfig, Tree, Overlay | None]:
+    """The newest checkpoint of a run on this machine's devices (data parallel).
+
+    Returns: (Config, ModelConfig, params, overlay or None). Raises QtjaxError when the folder is no run folder or holds no
+    readable checkpoint.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise QtjaxError(f"{folder}: no config.json there, so this is no run folder; give the run.folder of a training run")
+    config = from_json((folder / "config.json").read_text())
+    mesh = make_mesh(MeshSection())
+    model = load_model(config, mesh)
+    state, frozen, _ = start(config, mesh, model, total_steps=1)
+    checkpoints = RunState(folder / "checkpoints", config.train.keep_checkpoints)
+    found = checkpoints.restore(jax.tree.map(_described, checkpoint_tree(state)))
+    checkpoints.close()
+    if found is None:
+        raise QtjaxError(f"{folder}: no checkpoint yet; train for at least train.checkpoint_every steps first")
+    return config, model.config, *model.subject.join(found.state["trainable"], frozen)
+
+
+def _described(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
