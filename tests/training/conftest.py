@@ -1,0 +1,55 @@
+"""A tiny model folder and data file, and configs over them: what every test of the loop starts from."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from qtjax import models
+from qtjax.checkpoints import save_pretrained
+from qtjax.config import Config, override, validate
+
+WORDS = "red blue green one two three four cat dog bird sun moon tree house river stone".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """A random two-layer LLaMA folder with the embedded tokenizer."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    config = models.ModelConfig(
+        vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, max_position_embeddings=128, initializer_range=0.1,
+    )  # fmt: skip
+    save_pretrained(folder, config, models.init_params(config, jax.random.key(7)), tokenizer_from="smol")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> str:
+    """60 question-answer rows of unequal lengths."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rng = np.random.default_rng(3)
+    with open(path, "w") as f:
+        for i in range(60):
+            said = " ".join(rng.choice(WORDS, rng.integers(1, 9)))
+            answer = " ".join(rng.choice(WORDS, rng.integers(1, 12)))
+            f.write(json.dumps({"prompt": f"{i}: say {said}", "completion": answer}) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def tiny_config(tiny_model, tiny_data, tmp_path):
+    """config(**{"train.epochs": 1.0, ...}) -> validated Config writing under tmp_path."""
+
+    def make(**changes) -> Config:
+        base = {
+            "model.path": tiny_model, "data.path": tiny_data, "data.max_length": 48, "data.eval_fraction": 0.2,
+            "prune.batch_size": 16, "prune.sample_keep": 0.5, "train.epochs": 2.0, "train.learning_rate": 1e-2,
+            "train.row_length": 64, "train.rows": 4, "train.checkpoint_every": 3, "train.shapes": 2,
+            "eval.max_new_tokens": 8, "run.folder": str(tmp_path / "run"), "run.export": False,
+            "run.compile_cache": str(tmp_path.parent / "compile_cache"),
+        }  # fmt: skip
+        return validate(override(Config(), base | changes))
+
+    return make
