@@ -6,18 +6,23 @@ from typing import Any, NamedTuple
 
 from qtjax.errors import QtjaxError
 
-FORMS = ("auto", "cloze", "label")
+FORMS = ("auto", "cloze", "chat", "label")
 
 _LABELLED = re.compile(r"\b(answer|option|solution|ending)(\d+)\s*:\s*", re.IGNORECASE)
 _LEAD = re.compile(r"^please choose .*?(?:question|sentence|context|solution)s?\s*:\s*", re.IGNORECASE | re.DOTALL)
 
 
 class Question(NamedTuple):
-    """`choices` are continuations of `prompt`, without the space between; `answer` indexes them."""
+    """`choices` follow `prompt`; `answer` indexes them.
+
+    trained: prompt and choice are rendered and tokenized as a training sample is (chat template, if there is one);
+    otherwise as plain text with a space between.
+    """
 
     prompt: str
     choices: tuple[str, ...]
     answer: int
+    trained: bool = False
 
 
 def read_question(row: Mapping[str, Any], form: str = "auto", where: str = "row") -> Question:
@@ -29,10 +34,10 @@ def read_question(row: Mapping[str, Any], form: str = "auto", where: str = "row"
     index counted from 0, letter, or the text}.
 
     Args:
-      form: "cloze" asks for the choice's text after "Question: ...\\nAnswer:" (lm-eval's ARC prompt); "label" asks what
-        the file trains, the labelled instruction and its output sentence with each label in turn, and needs an
-        LLM-Adapters row; "auto" is "label" for those rows and "cloze" for the others. A row with "prompt" is asked as
-        it stands.
+      form: "cloze" asks for the choice's text after the plain text "Question: ...\\nAnswer:" (lm-eval's ARC prompt; a row
+        with "prompt" is asked as it stands); "chat" asks for it as the answer to the bare question, rendered as in
+        training; "label" asks what an LLM-Adapters row trains, its labelled instruction and its output sentence with each
+        label in turn; "auto" is "label" for those rows and "cloze" for the others.
     Raises: QtjaxError naming `where` for a row of no known shape, fewer than two choices, or an answer not among them.
     """
     if form not in FORMS:
@@ -48,10 +53,10 @@ def read_question(row: Mapping[str, Any], form: str = "auto", where: str = "row"
     if isinstance(row.get("prompt"), str):
         prompt = row["prompt"]
     elif isinstance(stem, str):
-        prompt = _cloze(stem)
+        prompt = stem.strip() if form == "chat" else _cloze(stem)
     else:
         raise QtjaxError(f"{where}: a multiple-choice row needs a text 'question' or 'prompt', has {', '.join(row)}")
-    return Question(prompt, texts, _index(answer, texts, labels, where))
+    return Question(prompt, texts, _index(answer, texts, labels, where), form == "chat")
 
 
 def _cloze(stem: str) -> str:
@@ -98,7 +103,8 @@ def _adapters(row: Mapping[str, Any], form: str, where: str) -> Question:
     if answer not in labels or len(texts) < 2:
         raise QtjaxError(f"{where}: answer {answer!r} is none of the labels in the instruction ({', '.join(labels)})")
     index = labels.index(answer)
-    if form == "cloze":
-        return Question(_cloze(_LEAD.sub("", body[: found[0].start()])), texts, index)
+    stem = _LEAD.sub("", body[: found[0].start()]).strip()
+    if form in ("cloze", "chat"):
+        return Question(stem if form == "chat" else _cloze(stem), texts, index, form == "chat")
     sentence = output if answer in output else answer
-    return Question(instruction, tuple(sentence.replace(answer, label) for label in labels), index)
+    return Question(instruction, tuple(sentence.replace(answer, label) for label in labels), index, True)

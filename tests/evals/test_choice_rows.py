@@ -37,11 +37,12 @@ def test_a_prompt_is_asked_as_it_stands():
 
 
 def test_adapters_rows_in_both_forms():
-    """label asks the trained sentence with each label in turn; cloze asks the choice texts after the bare question."""
+    """label asks the trained sentence with each label in turn; cloze and chat ask the choice texts after the bare question."""
     sentences = tuple(f"the correct answer is answer{i}" for i in (1, 2, 3))
-    assert read_question(ADAPTERS) == Question(ADAPTERS["instruction"], sentences, 1)
+    assert read_question(ADAPTERS) == Question(ADAPTERS["instruction"], sentences, 1, trained=True)
     cloze = read_question(ADAPTERS, "cloze")
     assert cloze == Question("Question: Which is used?\nAnswer:", ("safety goggles", "breathing mask", "lead apron"), 1)
+    assert read_question(ADAPTERS, "chat") == Question("Which is used?", cloze.choices, 1, trained=True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,82 @@
+"""The likelihood of many samples: packed into rows of one fixed shape, scored by one compiled program."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from qtjax import parallel
+from qtjax.data.packing import Sequence1D, fill_rows, pack
+from qtjax.models import ModelConfig
+from qtjax.training.score import score_rows
+from qtjax.tree import Tree
+
+
+class Likelihood(NamedTuple):
+    """nll: float64 [n], nats summed over a sample's targets; targets: int64 [n], how many those are."""
+
+    nll: np.ndarray
+    targets: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """nats per target over all samples, token-weighted; NaN without targets."""
+        count = int(self.targets.sum())
+        return float(self.nll.sum() / count) if count else float("nan")
+
+
+@partial(jax.jit, static_argnames=("config", "mesh"))
+def _token_nll(config, params, overlay, rows, mesh):
+    nll, _ = score_rows(config, params, overlay, rows, mesh)
+    # Every host sums the same numbers, so every host needs all of them; they are small beside the activations.
+    return nll if mesh is None else jax.lax.with_sharding_constraint(nll, parallel.replicated(mesh))
+
+
+def _on_device(rows: Mapping[str, np.ndarray], mesh: Mesh | None) -> Mapping[str, Any]:
+    if mesh is None:
+        return rows
+    sharding = parallel.batch_sharding(mesh)
+    return {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in rows.items()}
+
+
+def likelihood(
+    config: ModelConfig,
+    params: Tree,
+    samples: Sequence[Sequence1D],
+    *,
+    row_length: int,
+    rows: int,
+    overlay: Any = None,
+    mesh: Mesh | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Likelihood:
+    """Summed nll of every sample's targets, a forward pass without [R, L, V].
+
+    Args:
+      samples: ids, loss mask (at the target position) and position ids; none longer than row_length.
+      row_length, rows: the one shape that is compiled; `rows` is rounded up to the devices of `mesh` and lowered where
+        fewer rows hold everything. What is missing in the last batch are empty rows.
+      mesh: rows are divided over its data x fsdp devices. All hosts must give the same samples.
+      progress: called with the number of samples done since the last call.
+    Returns: Likelihood, one entry per sample; a sample's first token is never a target.
+    """
+    bins = pack([len(s.input_ids) for s in samples], row_length)
+    ways = 1 if mesh is None else parallel.batch_size(mesh)
+    rows = parallel.round_up(min(rows, max(len(bins), 1)), ways)
+    nll, targets = np.zeros(len(samples)), np.zeros(len(samples), np.int64)
+    with jax.set_mesh(mesh) if mesh is not None else nullcontext():
+        for at in range(0, len(bins), rows):
+            packed = fill_rows(samples, bins[at : at + rows], rows, row_length)
+            names = ("input_ids", "loss_mask", "position_ids", "segment_ids")
+            device_rows = _on_device({name: getattr(packed, name) for name in names}, mesh)
+            scored = np.asarray(_token_nll(config, params, overlay, device_rows, mesh), np.float64)
+            owner = packed.sample[packed.loss_mask]
+            nll += np.bincount(owner, weights=scored[packed.loss_mask], minlength=len(samples))
+            targets += np.bincount(owner, minlength=len(samples))
+            if progress:
+                progress(sum(len(members) for members in bins[at : at + rows]))
+    return Likelihood(nll, targets)
