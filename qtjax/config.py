@@ -94,6 +94,7 @@ class TrainSection:
     clip_norm: float = knob(1.0, "global gradient norm limit; 0: off", rule=">=0")
     row_length: int = knob(0, "tokens per packed row; 0: data.max_length", rule=">=0")
     rows: int = knob(8, "packed rows per microbatch, all devices together", rule=">0")
+    shapes: int = knob(3, "microbatch shapes compiled at most: rows, rows/2, ... (1-4); fewer compile faster, more waste less", rule="1..4")
     seed: int = knob(0, "seed of shuffling, initialisation and dropout", rule=">=0")
     checkpoint_every: int = knob(100, "optimizer steps between checkpoints", rule=">0")
     keep_checkpoints: int = knob(2, "newest checkpoints kept on disk", rule=">0")
@@ -151,6 +152,7 @@ _RULES: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
     "(0,1]": (lambda v: 0 < v <= 1, "is a fraction above 0 and at most 1"),
     "[0,1]": (lambda v: 0 <= v <= 1, "is a fraction from 0 to 1"),
     "[0,1)": (lambda v: 0 <= v < 1, "is a fraction from 0 to below 1"),
+    "1..4": (lambda v: 1 <= v <= 4, "must be 1, 2, 3 or 4"),
     "-1 or >0": (lambda v: v == -1 or v > 0, "must be -1 or above 0"),
 }
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qtjax.config import PruneSection
-from qtjax.data.packing import PackedRows, PackSample, drop_tokens, fill_rows, pack
+from qtjax.data.packing import PackedRows, Sample, drop_tokens, fill_rows, mask_tokens, pack
 from qtjax.parallel import agree_max
 from qtjax.training.ladder import cut
 
@@ -61,33 +61,30 @@ def read_batch(dataset, indices: np.ndarray, length: int) -> ScoringBatch:
     return ScoringBatch(np.asarray(indices), input_ids, targets, closing, lengths)
 
 
-def whole_samples(batch: ScoringBatch) -> list[PackSample]:
-    """Every sample as it is, for the scoring pass."""
+def whole_samples(batch: ScoringBatch) -> list[Sample]:
+    """Every sample as it is, for the scoring pass; padding is an empty one."""
+    slots = np.arange(batch.input_ids.shape[1], dtype=np.int32)
     return [
-        PackSample(batch.input_ids[i, :n], batch.targets[i, :n], np.arange(n, dtype=np.int32), i)
-        for i, n in enumerate(batch.lengths)
-        if n > 0
+        Sample(batch.input_ids[i, :n], batch.targets[i, :n], slots[:n]) for i, n in enumerate(batch.lengths.tolist())
     ]
 
 
-def survivors(batch: ScoringBatch, tokens: np.ndarray, prune: PruneSection) -> list[PackSample]:
-    """What is left to train on after the decision (method: mask or drop).
+def survivors(batch: ScoringBatch, tokens: np.ndarray, prune: PruneSection) -> list[Sample]:
+    """What is left to train on: a shorter sequence per sample, empty where nothing is kept.
 
     Args: tokens bool [N, T]: the targets that stay in the loss.
-    mask: everything after the last kept target is cut off, which changes no gradient; drop: pruned targets leave the input.
     """
     out = []
-    for i in np.flatnonzero(tokens.any(axis=1)):
-        end = int(np.flatnonzero(tokens[i])[-1]) + 1
-        ids, kept, targets = batch.input_ids[i, :end], tokens[i, :end], batch.targets[i, :end]
-        positions = np.arange(end, dtype=np.int32)
+    for i, n in enumerate(batch.lengths.tolist()):
+        ids, kept = batch.input_ids[i, :n], tokens[i, :n]
         if prune.mode == "drop":
-            ids, kept, positions = drop_tokens(ids, targets, kept, compact_positions=prune.compact_positions)
-        out.append(PackSample(ids, kept, positions, i))
+            out.append(drop_tokens(ids, batch.targets[i, :n], kept, compact_positions=prune.compact_positions))
+        else:
+            out.append(mask_tokens(ids, kept))
     return out
 
 
-def microbatches(samples: Sequence[PackSample], shapes: tuple[int, ...], row_length: int, processes: int) -> list[Microbatch]:
+def microbatches(samples: Sequence[Sample], shapes: tuple[int, ...], row_length: int, processes: int) -> list[Microbatch]:
     """Packs samples densely into the ladder's shapes; all processes launch the same number of each.
 
     Args: shapes: global rows per launch, largest first; a process fills shapes[i] / processes of them.

@@ -74,7 +74,7 @@ class Loop:
         self.config, self.mesh, self.dataset, self.plan, self.programs = config, mesh, dataset, plan, programs
         self.state, self.frozen, self.shapes, self.row_length, self.schedule = state, frozen, shapes, row_length, schedule
         self.prunes = config.prune.sample_pruner != "none"
-        self.samples = self._padded(plan.local_size)
+        self.samples = self._padded(plan.batch_size // plan.process_count)
         self.key = jax.random.key(config.train.seed)
         self.totals = Totals()
         self._thread = ThreadPoolExecutor(1)
@@ -84,21 +84,23 @@ class Loop:
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"] // jax.process_count() or 1
         return -(-count // ways) * ways
 
-    def _prepare(self, step: int) -> Prepared:
+    def prepare(self, step: int) -> Prepared:
         indices = self.plan.batch(step)
         indices = np.concatenate([indices, np.full(self.samples - len(indices), -1, np.int64)])
         batch = read_batch(self.dataset, indices, self.config.data.max_length)
-        scoring = self._pack(whole_samples(batch)) if self.prunes else []
+        scoring = self.pack(whole_samples(batch)) if self.prunes else []
         return Prepared(batch, scoring)
 
-    def _pack(self, samples: list) -> list[Microbatch]:
+    def pack(self, samples: list) -> list[Microbatch]:
         return microbatches(samples, self.shapes, self.row_length, jax.process_count())
 
     def _prepared(self, step: int, last: int) -> Prepared:
-        """This step's batch, and the next one's on its way."""
-        ready = self._next[1] if self._next and self._next[0] == step else self._thread.submit(self._prepare, step)
+        """This step's batch, and the next one's on its way; on several hosts packing needs agreement, so it is done here."""
+        if jax.process_count() > 1:
+            return self.prepare(step)
+        ready = self._next[1] if self._next and self._next[0] == step else self._thread.submit(self.prepare, step)
         prepared = ready.result()
-        self._next = (step + 1, self._thread.submit(self._prepare, step + 1)) if step + 1 < last else None
+        self._next = (step + 1, self._thread.submit(self.prepare, step + 1)) if step + 1 < last else None
         return prepared
 
     def score(self, prepared: Prepared) -> Decision:
@@ -145,7 +147,7 @@ class Loop:
             clock.lap("score")
         else:
             tokens = prepared.batch.targets
-        parts = self._pack(survivors(prepared.batch, tokens, self.config.prune))
+        parts = self.pack(survivors(prepared.batch, tokens, self.config.prune))
         targets = agree_sum(int(tokens.sum()))
         clock.lap("pack")
         norm, loss = 0.0, 0.0

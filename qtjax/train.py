@@ -1,0 +1,34 @@
+"""python -m qtjax.train --config configs/smol.py: fine-tune with Q-Tuning, resuming by itself."""
+
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from qtjax.config import Config, load_config
+from qtjax.errors import door
+
+
+def use_compile_cache(config: Config) -> None:
+    """Keeps compiled programs in the run folder (or run.compile_cache), so that a restart does not compile again."""
+    folder = Path(config.run.compile_cache or Path(config.run.folder) / "compile_cache").absolute()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def main() -> None:
+    config, own = load_config(
+        "python -m qtjax.train",
+        "Fine-tune a LLaMA-family model with joint sample and token pruning (Q-Tuning). Started again with the same"
+        " arguments a run continues where it stopped; a finished run prints its table.",
+        extra={"quiet": (False, "print only the closing table")},
+    )
+    from qtjax.training.story import run
+
+    use_compile_cache(config)
+    run(config, Console(quiet=own["quiet"], stderr=True), quiet=own["quiet"])
+
+
+if __name__ == "__main__":
+    door(main)

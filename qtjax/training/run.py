@@ -1,0 +1,175 @@
+"""A whole run, from a config to its run folder: load, resume, measure the base, train, measure again, export, report."""
+
+import contextlib
+import hashlib
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from qtjax.checkpoints.run_state import RunState
+from qtjax.config import Config
+from qtjax.data.dataset import TokenizedDataset
+from qtjax.data.iterate import BatchPlan
+from qtjax.data.prepare import training_data
+from qtjax.data.tokenizer import check_vocabulary, load_tokenizer
+from qtjax.errors import QtjaxError
+from qtjax.parallel import batch_size, make_mesh
+from qtjax.report.progress import TrainingProgress
+from qtjax.training.ladder import ladder
+from qtjax.training.loop import CLOCKS, Loop, Totals
+from qtjax.training.optimizer import learning_rate_schedule
+from qtjax.training.programs import Programs
+from qtjax.training.run_folder import RunFolder
+from qtjax.training.setup import Model, checkpoint_tree, from_checkpoint, load_model, start
+
+
+class Interrupted(KeyboardInterrupt):
+    """Asked to stop (Ctrl-C, SIGTERM); the checkpoint of the last finished step is written."""
+
+
+@dataclass
+class Session:
+    """One process's part of a run: everything loaded and compiled, the state restored."""
+
+    config: Config
+    mesh: Mesh
+    tokenizer: Any
+    dataset: TokenizedDataset
+    model: Model
+    loop: Loop
+    checkpoints: RunState
+    step: int
+    total_steps: int
+    seconds: dict[str, float]
+
+
+def total_steps(config: Config, plan: BatchPlan) -> int:
+    """Optimizer steps of the run: ceil(epochs x steps per epoch), or train.max_steps if that is fewer."""
+    steps = int(np.ceil(config.train.epochs * plan.steps_per_epoch - 1e-9))
+    return min(steps, config.train.max_steps) if config.train.max_steps else steps
+
+
+def open_session(config: Config, folder: RunFolder, console: Console) -> Session:
+    """Loads data and model, compiles every program, restores the newest whole checkpoint and cuts the records back to it."""
+    begin = time.perf_counter()
+    mesh = make_mesh(config.mesh)
+    tokenizer = load_tokenizer(config.model.path)
+    dataset = training_data(config.data, tokenizer)
+    console.print(f"data    {dataset.stats.line()}", highlight=False)
+    model = load_model(config, mesh)
+    check_vocabulary(tokenizer, model.config.vocab_size, dataset.input_ids)
+    row_length = config.train.row_length or config.data.max_length
+    plan = BatchPlan(
+        len(dataset), config.prune.batch_size, config.train.seed, jax.process_index(), jax.process_count()
+    )
+    steps = total_steps(config, plan)
+    state, frozen, optimizer = start(config, mesh, model, steps)
+    shapes = ladder(config.train.rows, batch_size(mesh), config.train.shapes)
+    loaded = time.perf_counter()
+    samples = -(-config.prune.batch_size // batch_size(mesh)) * batch_size(mesh)
+    with console.status("compiling") as status:
+        programs = Programs(
+            model.subject, mesh, config.prune, optimizer, state, frozen, shapes=shapes, row_length=row_length,
+            samples=samples, max_length=config.data.max_length, on_done=lambda name: status.update(f"compiling: {name} done"),
+        )  # fmt: skip
+    compiled = time.perf_counter()
+    console.print(
+        f"model   {config.model.path}: {model.config.num_hidden_layers} layers, width {model.config.hidden_size};"
+        f" rows {' + '.join(map(str, shapes))} x {row_length}; {programs.count} programs compiled in {compiled - loaded:.0f} s",
+        highlight=False,
+    )
+    loop = Loop(
+        config, mesh, dataset, plan, programs, state, frozen, shapes=shapes, row_length=row_length,
+        schedule=learning_rate_schedule(config.train, steps),
+    )  # fmt: skip
+    checkpoints = RunState(folder.checkpoints, config.train.keep_checkpoints)
+    step = _resume(loop, checkpoints, folder, dataset, console)
+    seconds = {"load": loaded - begin, "compile": compiled - loaded}
+    return Session(config, mesh, tokenizer, dataset, model, loop, checkpoints, step, steps, seconds)
+
+
+def fingerprint(dataset: TokenizedDataset) -> str:
+    """SHA-256 of ids and targets: a run resumes only on the data it began with."""
+    digest = hashlib.sha256()
+    for array in (dataset.input_ids, dataset.loss_mask, dataset.offsets):
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _resume(loop: Loop, checkpoints: RunState, folder: RunFolder, dataset: TokenizedDataset, console: Console) -> int:
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), checkpoint_tree(loop.state)
+    )
+    found = checkpoints.restore(target)
+    if found is None:
+        folder.cut_back(0)
+        return 0
+    if found.skipped:
+        console.print(f"resume  skipped unreadable checkpoints of steps {', '.join(map(str, found.skipped))}", highlight=False)
+    if found.meta["data"] != fingerprint(dataset):
+        raise QtjaxError(
+            f"{folder.path}: data.path = {loop.config.data.path!r} holds other samples than when this run began; put the old"
+            " data back, or choose another run.folder"
+        )
+    loop.state = from_checkpoint(loop.state, found.state)
+    loop.totals = Totals(**found.meta["totals"])
+    folder.cut_back(found.step)
+    console.print(f"resume  from step {found.step}", highlight=False)
+    return found.step
+
+
+def train_steps(session: Session, folder: RunFolder, *, quiet: bool = False) -> None:
+    """The remaining optimizer steps; records and checkpoints on the way. Raises Interrupted after a clean stop."""
+    loop, last = session.loop, session.total_steps
+    every = session.config.train.checkpoint_every
+    print_of = fingerprint(session.dataset)
+    saved = session.step
+    with _stop_requested() as stop, TrainingProgress(last, session.step, quiet=quiet) as progress:
+        while session.step < last:
+            metrics, records = loop.step(session.step, last)
+            session.step += 1
+            folder.log_step(session.step, {k: v for k, v in metrics.items() if k != "step"})
+            if records is not None:
+                folder.log_samples(session.step, records)
+            progress.step(session.step, metrics)
+            if session.step % every == 0 or session.step == last or stop:
+                folder.flush()  # records first: a checkpoint never claims a step that they lack
+                totals = {"seconds": dict(loop.totals.seconds), "counts": dict(loop.totals.counts)}
+                meta = {"totals": totals, "data": print_of}
+                session.checkpoints.save(session.step, checkpoint_tree(loop.state), meta)
+                saved = session.step
+            if stop:
+                session.checkpoints.wait()
+                raise Interrupted(f"stopped after step {saved}")
+    session.checkpoints.wait()
+
+
+@contextlib.contextmanager
+def _stop_requested() -> Iterator[list[int]]:
+    """A list that becomes non-empty on the first SIGINT or SIGTERM; the second acts at once."""
+    asked: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread (a notebook's worker): signals are somebody else's
+        before = {}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+__all__ = ["CLOCKS", "Interrupted", "Session", "fingerprint", "open_session", "total_steps", "train_steps"]

@@ -1,0 +1,196 @@
+"""The loop against the textbook: packing, accumulation, pruning and compilation change nothing they should not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from rich.console import Console
+
+from qtjax import models
+from qtjax.errors import QtjaxError
+from qtjax.training.batch import microbatches, survivors, whole_samples
+from qtjax.training.ladder import cut, ladder
+from qtjax.training.run import open_session
+from qtjax.training.run_folder import RunFolder
+from qtjax.tree import flatten
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def opened(tiny_config):
+    """open(**changes) -> Session; run folders are closed at the end."""
+    folders = []
+
+    def make(**changes):
+        config = tiny_config(**changes)
+        folder = RunFolder.open(config)
+        folders.append(folder)
+        return open_session(config, folder, QUIET)
+
+    yield make
+    for folder in folders:
+        folder.close()
+
+
+def naive_loss_sum(config, params, batch, weights):
+    """Sum of nll over weights, one sample a row, full logits, log_softmax."""
+    real = np.arange(batch.input_ids.shape[1])[None] < batch.lengths[:, None]
+    logits = models.apply(config, params, jnp.asarray(batch.input_ids), jnp.asarray(real))
+    logp = jax.nn.log_softmax(logits[:, :-1], axis=-1)
+    nll = -jnp.take_along_axis(logp, jnp.asarray(batch.input_ids)[:, 1:, None], axis=-1)[..., 0]
+    return (nll * weights[:, 1:]).sum()
+
+
+def worst(a, b) -> float:
+    """Largest difference between two trees relative to the second one's largest entry, leaf by leaf."""
+    a, b = flatten(a), flatten(b)
+    return max(float(jnp.abs(a[p] - b[p]).max() / (jnp.abs(b[p]).max() + 1e-12)) for p in b)
+
+
+def test_ladder_and_cut_by_hand():
+    """Shapes halve and stay multiples of the devices; a count is cut with the fewest empty rows."""
+    assert ladder(8, 1, 3) == (8, 4, 2)
+    assert ladder(8, 8, 4) == (8,)
+    assert ladder(6, 2, 2) == (6, 4)
+    assert cut(7, (4, 2, 1)) == [4, 2, 1]
+    assert cut(5, (4,)) == [4, 4]
+    assert cut(0, (4, 2)) == []
+    assert cut(3, (4, 2)) == [2, 2]
+
+
+def test_packed_and_accumulated_gradients_are_those_of_one_plain_batch(opened):
+    """Loss and gradient of packed microbatches, summed, equal the padded full-logits batch (float32 summation noise)."""
+    session = opened()
+    loop = session.loop
+    prepared = loop.prepare(0)
+    weights = prepared.batch.targets.astype(np.float32)
+    expected, gradient = jax.value_and_grad(
+        lambda p: naive_loss_sum(session.model.config, p, prepared.batch, weights)
+    )(loop.state.trainable)
+    parts = loop.pack(whole_samples(prepared.batch))
+    assert len(parts) > 1 and any((p.rows["segment_ids"] > 1).any() for p in parts)
+    got, loss = loop.gradients(parts, 0)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert worst(got, gradient) < 1e-4
+
+
+def test_cutting_after_the_last_kept_target_changes_no_gradient(opened):
+    """Mask mode: survivors cut and packed give the gradient of whole samples whose pruned targets weigh nothing."""
+    session = opened()
+    loop = session.loop
+    prepared = loop.prepare(0)
+    tokens = np.asarray(loop.score(prepared).tokens)
+    assert 0 < tokens.sum() < prepared.batch.targets.sum()
+    expected, gradient = jax.value_and_grad(
+        lambda p: naive_loss_sum(session.model.config, p, prepared.batch, tokens.astype(np.float32))
+    )(loop.state.trainable)
+    parts = loop.pack(survivors(prepared.batch, tokens, session.config.prune))
+    assert sum(p.tokens for p in parts) < sum(p.tokens for p in prepared.scoring)
+    got, loss = loop.gradients(parts, 0)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert worst(got, gradient) < 1e-4
+
+
+def test_a_full_data_step_is_the_textbook_adamw_step(opened):
+    """Without pruning one step equals optax.adamw on the clipped mean gradient of the plain batch."""
+    session = opened(**{"prune.sample_pruner": "none", "train.warmup_fraction": 0.0, "train.weight_decay": 0.1})
+    loop, start = session.loop, jax.tree.map(jnp.copy, session.loop.state.trainable)
+    batch = loop.prepare(0).batch
+    weights = batch.targets.astype(np.float32)
+    gradient = jax.grad(lambda p: naive_loss_sum(session.model.config, p, batch, weights) / weights.sum())(start)
+    rate = optax.cosine_decay_schedule(1e-2, session.total_steps)
+    matrices = jax.tree_util.tree_map_with_path(lambda path, _: "weight" not in str(path[-1]), start)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.1, mask=matrices))
+    changes, _ = optimizer.update(gradient, optimizer.init(start), start)
+    loop.step(0, session.total_steps)
+    # Adam's first step is sign(g) * rate: compare where |g| is far above its noise
+    for path, expected in flatten(optax.apply_updates(start, changes)).items():
+        clear = np.abs(flatten(gradient)[path]) > 1e-5
+        np.testing.assert_allclose(flatten(loop.state.trainable)[path][clear], expected[clear], atol=2e-5, err_msg=path)
+
+
+def test_nothing_compiles_after_warm_up(opened):
+    """Steps with different numbers of survivors launch only what was compiled before the first step."""
+    session = opened(**{"prune.sample_keep": 0.3, "train.shapes": 3})
+    loop = session.loop
+    loop.step(0, session.total_steps)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    )
+    used = set()
+    for step in range(1, session.total_steps):
+        used.add(loop.step(step, session.total_steps)[0]["trained_slots"])
+    assert len(used) > 1
+    assert compiled == []
+
+
+def test_budgets_and_counts_of_a_step(opened):
+    """K = floor(keep x real samples) survive, counts add up, and records hold exactly the real samples."""
+    session = opened(**{"prune.sample_keep": 0.5})
+    metrics, records = session.loop.step(0, session.total_steps)
+    assert metrics["samples"] == 16 and metrics["kept_samples"] == 8
+    assert metrics["kept_q2"] + metrics["kept_q4"] + metrics["kept_q3"] + metrics["supplement"] == 8
+    assert sum(metrics[f"supplement_median_q{q}"] for q in (1, 2, 3, 4)) == metrics["supplement"]
+    assert records["keep"].sum() == 8 and records["kept_tokens"].sum() == metrics["kept_tokens"]
+    assert (records["kept_tokens"] > 0).sum() == 8
+    assert metrics["trained_tokens"] <= metrics["trained_slots"]
+    last = session.total_steps // 2 - 1  # 48 training rows: the third batch is full, so take the padded case below
+    assert session.loop.step(last, session.total_steps)[0]["samples"] == 16
+
+
+def test_the_last_batch_of_an_epoch_is_padded_not_dropped(opened):
+    """48 samples in batches of 20: three steps, the last over 8 samples keeping half of the real ones."""
+    session = opened(**{"prune.batch_size": 20})
+    assert session.loop.plan.steps_per_epoch == 3
+    metrics, records = session.loop.step(2, session.total_steps)
+    assert metrics["samples"] == 8 and metrics["kept_samples"] == 4
+    assert (records["row"] >= 0).sum() == 8
+
+
+def test_drop_mode_trains_on_shorter_sequences(opened):
+    """In drop mode pruned targets leave the input: fewer real tokens than mask mode for the same decision."""
+    session = opened(**{"prune.token_keep": 0.3, "prune.sample_keep": 1.0})
+    loop = session.loop
+    prepared = loop.prepare(0)
+    tokens = np.asarray(loop.score(prepared).tokens)
+    dropped = session.config.prune.__class__(mode="drop")
+    mask = sum(p.tokens for p in loop.pack(survivors(prepared.batch, tokens, session.config.prune)))
+    parts = microbatches(survivors(prepared.batch, tokens, dropped), loop.shapes, loop.row_length, 1)
+    assert sum(p.tokens for p in parts) < mask
+    assert sum(p.rows["weights"].sum() for p in parts) == tokens.sum()
+
+
+def test_lora_trains_the_overlay_and_leaves_the_base(opened):
+    """Only the overlay's tree is trained; the frozen base stays bitwise the checkpoint."""
+    session = opened(**{"overlay.method": "lora", "overlay.r": 4})
+    loop = session.loop
+    before = jax.tree.map(np.asarray, loop.frozen["params"])
+    for step in range(3):
+        loop.step(step, session.total_steps)
+    for path, leaf in flatten(loop.frozen["params"]).items():
+        np.testing.assert_array_equal(leaf, flatten(before)[path])
+    assert worst(loop.state.trainable, session.model.subject.overlay.params) > 1e-3
+
+
+def test_a_diverged_loss_stops_with_step_and_remedy(opened):
+    """A loss that is not finite ends the run with one line naming the step and what to try."""
+    session = opened(**{"train.learning_rate": 1e30, "train.warmup_fraction": 0.0, "train.clip_norm": 0.0})
+    with pytest.raises(QtjaxError, match=r"step \d+: loss .*learning_rate"):
+        for step in range(session.total_steps):
+            session.loop.step(step, session.total_steps)
+
+
+def test_a_step_without_targets_is_skipped_and_counted(opened):
+    """No kept target: the parameters stay as they are, and the step says skipped = 1."""
+    session = opened(**{"prune.sample_pruner": "none"})
+    loop = session.loop
+    before = jax.tree.map(np.asarray, loop.state.trainable)
+    prepared = loop.prepare(0)
+    prepared.batch.targets[:] = False
+    loop.prepare = lambda step: prepared
+    metrics, _ = loop.step(0, session.total_steps)
+    assert metrics["skipped"] == 1 and metrics["kept_tokens"] == 0
+    assert worst(loop.state.trainable, before) == 0
