@@ -1,7 +1,7 @@
 """Held-out loss: nats per trained token."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,15 @@ class HeldOutLoss(NamedTuple):
         return self._asdict()
 
 
+def whole_sequences(dataset: TokenizedDataset, samples: Iterable[int]) -> list[Sequence1D]:
+    """These samples as they are, with positions from 0."""
+    out = []
+    for i in samples:
+        ids, mask, _ = dataset.sample(int(i))
+        out.append(Sequence1D(ids, mask, np.arange(len(ids), dtype=np.int32)))
+    return out
+
+
 def held_out_loss(
     config: ModelConfig,
     params: Tree,
@@ -45,11 +54,7 @@ def held_out_loss(
       samples: which samples of the dataset; default all. overlay, mesh, progress: as in `rows.likelihood`.
     Returns: HeldOutLoss. One program is compiled per (row_length, rows), whatever the data.
     """
-    chosen = range(len(dataset)) if samples is None else samples
-    sequences = []
-    for i in chosen:
-        ids, mask, _ = dataset.sample(int(i))
-        sequences.append(Sequence1D(ids, mask, np.arange(len(ids), dtype=np.int32)))
+    sequences = whole_sequences(dataset, range(len(dataset)) if samples is None else samples)
     found = likelihood(
         config, params, sequences, row_length=row_length, rows=rows, overlay=overlay, mesh=mesh, progress=progress
     )

@@ -17,9 +17,10 @@ from qtjax.tree import Tree
 
 
 class Likelihood(NamedTuple):
-    """nll: float64 [n], nats summed over a sample's targets; targets: int64 [n], how many those are."""
+    """nll, entropy: float64 [n], nats summed over a sample's targets; targets: int64 [n], how many those are."""
 
     nll: np.ndarray
+    entropy: np.ndarray
     targets: np.ndarray
 
     @property
@@ -30,10 +31,10 @@ class Likelihood(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
-def _token_nll(config, params, overlay, rows, mesh):
-    nll, _ = score_rows(config, params, overlay, rows, mesh)
+def _token_scores(config, params, overlay, rows, mesh):
+    scores = score_rows(config, params, overlay, rows, mesh)
     # Every host sums the same numbers, so every host needs all of them; they are small beside the activations.
-    return nll if mesh is None else jax.lax.with_sharding_constraint(nll, parallel.replicated(mesh))
+    return scores if mesh is None else jax.lax.with_sharding_constraint(scores, parallel.replicated(mesh))
 
 
 def _on_device(rows: Mapping[str, np.ndarray], mesh: Mesh | None) -> Mapping[str, Any]:
@@ -54,7 +55,7 @@ def likelihood(
     mesh: Mesh | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Likelihood:
-    """Summed nll of every sample's targets, a forward pass without [R, L, V].
+    """Summed nll and entropy of every sample's targets, a forward pass without [R, L, V].
 
     Args:
       samples: ids, loss mask (at the target position) and position ids; none longer than row_length.
@@ -67,16 +68,18 @@ def likelihood(
     bins = pack([len(s.input_ids) for s in samples], row_length)
     ways = 1 if mesh is None else parallel.batch_size(mesh)
     rows = parallel.round_up(min(rows, max(len(bins), 1)), ways)
-    nll, targets = np.zeros(len(samples)), np.zeros(len(samples), np.int64)
+    sums, targets = np.zeros((2, len(samples))), np.zeros(len(samples), np.int64)
     with jax.set_mesh(mesh) if mesh is not None else nullcontext():
         for at in range(0, len(bins), rows):
             packed = fill_rows(samples, bins[at : at + rows], rows, row_length)
             names = ("input_ids", "loss_mask", "position_ids", "segment_ids")
             device_rows = _on_device({name: getattr(packed, name) for name in names}, mesh)
-            scored = np.asarray(_token_nll(config, params, overlay, device_rows, mesh), np.float64)
+            scored = _token_scores(config, params, overlay, device_rows, mesh)
             owner = packed.sample[packed.loss_mask]
-            nll += np.bincount(owner, weights=scored[packed.loss_mask], minlength=len(samples))
+            for total, scores in zip(sums, scored):
+                weights = np.asarray(scores, np.float64)[packed.loss_mask]
+                total += np.bincount(owner, weights=weights, minlength=len(samples))
             targets += np.bincount(owner, minlength=len(samples))
             if progress:
                 progress(sum(len(members) for members in bins[at : at + rows]))
-    return Likelihood(nll, targets)
+    return Likelihood(*sums, targets)

@@ -1,0 +1,61 @@
+"""python -m qtjax.export --run RUN_FOLDER --out FOLDER: the trained model as an HF folder, or LoRA as a PEFT adapter."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qtjax.config import DTYPES
+from qtjax.errors import QtjaxError, door
+from qtjax.flags import parse_flags
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    own = parse_flags(
+        "python -m qtjax.export",
+        "Writes a run's newest checkpoint: an HF folder that transformers loads, or for LoRA runs an adapter that peft loads.",
+        argv,
+        {
+            "run": ("", "run folder"),
+            "out": ("", "folder to write; must not hold files of another kind"),
+            "merge": (False, "LoRA: fold the adapter into the weights and write a whole model"),
+            "dtype": ("", "dtype of the written weights: float32, bfloat16 or float16; empty: the run's param_dtype"),
+        },
+    )
+    for name in ("run", "out"):
+        if not own[name]:
+            raise QtjaxError(f"--{name}: is missing; give a folder")
+    if own["dtype"] and own["dtype"] not in DTYPES:
+        raise QtjaxError(f"--dtype {own['dtype']!r}: must be one of {', '.join(DTYPES)}")
+
+    import jax
+
+    from qtjax.checkpoints import save_adapter, save_pretrained
+    from qtjax.overlays import merge
+    from qtjax.training.restore import load_run
+
+    run, config, params, overlay = load_run(own["run"])
+    adapter = overlay is not None and not own["merge"]
+    if overlay is None and own["merge"]:
+        raise QtjaxError(f"--merge: {own['run']} trained all parameters, there is no adapter to merge; leave the flag out")
+    if adapter and own["dtype"]:
+        raise QtjaxError("--dtype: adapters are written in float32, as peft does; give --merge too, or leave it out")
+    _refuse_other_kind(Path(own["out"]), "config.json" if adapter else "adapter_config.json")
+    if adapter:
+        save_adapter(own["out"], overlay, run.model.path)
+        print(f"adapter over {run.model.path} written to {own['out']}")
+        return
+    if overlay is not None:
+        config, params = merge(config, params, overlay)
+    if own["dtype"]:
+        params = jax.tree.map(lambda leaf: leaf.astype(own["dtype"]), params)
+    save_pretrained(own["out"], config, params, tokenizer_from=run.model.path)
+    print(f"model written to {own['out']}")
+
+
+def _refuse_other_kind(out: Path, marker: str) -> None:
+    # Readers tell models from adapters by these files; a folder with both would be read as either.
+    if (out / marker).exists():
+        raise QtjaxError(f"--out {out}: holds another kind of export ({marker}); choose another folder")
+
+
+if __name__ == "__main__":
+    door(main)

@@ -1,0 +1,69 @@
+"""Whatever a user calls a model, opened for evaluation, scoring or generation: run folder, adapter, HF folder, hub name."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from qtjax.checkpoints import load_adapter, load_pretrained
+from qtjax.config import ModelSection
+from qtjax.data.tokenizer import load_tokenizer
+from qtjax.errors import QtjaxError
+from qtjax.models import ModelConfig
+from qtjax.overlays import Overlay
+from qtjax.training.restore import load_run
+from qtjax.tree import Tree
+
+
+class Opened(NamedTuple):
+    """`name` says in a few words what was opened."""
+
+    config: ModelConfig
+    params: Tree
+    overlay: Overlay | None
+    tokenizer: Any
+    name: str
+
+
+def is_run_folder(path: str) -> bool:
+    """Whether config.json in `path` is a run's (sections), not a model's."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return False
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise QtjaxError(f"{file}: is not valid JSON ({error}); the folder is damaged") from None
+    return isinstance(raw, dict) and isinstance(raw.get("train"), dict)
+
+
+def open_model(model: ModelSection, checkpoint: str = "", *, adapter: str = "", mesh: Mesh | None = None) -> Opened:
+    """Opens a model with its tokenizer.
+
+    Args:
+      model: the config's section; its dtypes hold for everything but a run, which keeps its own.
+      checkpoint: run folder (its newest checkpoint), PEFT adapter (its base is model.path), HF folder or hub name; empty:
+        model.path as it is.
+      adapter: PEFT folder put over the model. mesh: where parameters are sharded; a run lies on all devices.
+    Raises QtjaxError: what load_run, load_pretrained and load_adapter raise; an adapter over a run that has one.
+    """
+    overlay, base, name = None, checkpoint or model.path, checkpoint or model.path
+    if checkpoint and (Path(checkpoint) / "adapter_config.json").is_file():
+        if adapter:
+            raise QtjaxError(f"{checkpoint} is an adapter itself; give its base as the model and one adapter")
+        adapter, base, name = checkpoint, model.path, f"{model.path} + {checkpoint}"
+    elif adapter:
+        name = f"{base} + {adapter}"
+    if is_run_folder(base):
+        run, config, params, overlay = load_run(base)
+        base = run.model.path
+    else:
+        config, params = load_pretrained(
+            base, model.dtype, mesh=mesh, param_dtype=model.param_dtype, random_init=model.random_init and not checkpoint
+        )
+    if adapter:
+        if overlay is not None:
+            raise QtjaxError(f"{checkpoint}: this run trained an adapter of its own; a second one cannot be put over it")
+        overlay = load_adapter(adapter, config, params)
+    return Opened(config, params, overlay, load_tokenizer(base), name)
