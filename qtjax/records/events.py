@@ -64,7 +64,7 @@ def tag(name: str) -> str:
 
 
 def event(step: int, values: Mapping[str, Any], wall_time: float) -> bytes:
-    """One record: the numbers among `values` at `step`; NaN (not measured at this step), texts and `time` are left out.
+    """One record: the numbers among `values` at `step`; NaN and None (not measured), texts and `time` are left out.
 
     Args:
       wall_time: seconds since 1970.
@@ -72,7 +72,7 @@ def event(step: int, values: Mapping[str, Any], wall_time: float) -> bytes:
     summary = b""
     for name, value in values.items():
         value = plain(value)
-        if name in ("step", "time") or isinstance(value, str) or math.isnan(value):
+        if name in ("step", "time") or value is None or isinstance(value, str) or math.isnan(value):
             continue
         number = struct.pack("<f", value) if abs(value) < 3.4e38 else struct.pack("<f", math.copysign(math.inf, value))
         summary += _message(1, _message(1, tag(name).encode()) + b"\x15" + number)  # Summary.Value: tag, simple_value

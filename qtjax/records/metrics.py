@@ -1,6 +1,6 @@
 """metrics.jsonl: one JSON object a line, one line a step, steps 1, 2, 3, ... without a gap.
 
-The file is strict JSON: NaN is written as null (and read back as NaN), an infinity as 1e999, which every IEEE parser
+The file is strict JSON: NaN and None (not measured) are written as null (and read back as NaN), an infinity as 1e999, which every IEEE parser
 reads as infinity. A line that was not written whole, and everything after it, does not count.
 """
 
@@ -16,7 +16,7 @@ from qtjax.errors import QtjaxError
 
 
 def to_line(values: Mapping[str, Any]) -> bytes:
-    """One line of the file, newline included. Values: numbers (Python, numpy or 0-d arrays), texts, booleans."""
+    """One line of the file, newline included. Values: numbers (Python, numpy or 0-d arrays), texts, booleans, None."""
     return ("{" + ", ".join(f"{json.dumps(k)}: {_json(v)}" for k, v in values.items()) + "}\n").encode()
 
 
@@ -28,8 +28,8 @@ def _json(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A Python int, float, bool or str from a Python, numpy or 0-d array value."""
-    return value if isinstance(value, (bool, int, float, str)) else value.item()
+    """A Python int, float, bool, str or None from a Python, numpy or 0-d array value."""
+    return value if value is None or isinstance(value, (bool, int, float, str)) else value.item()
 
 
 def scan(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
