@@ -1,6 +1,6 @@
 """The decoder behind one door: plain parameter trees and pure functions."""
 
-from qtjax.models.api import abstract_params, apply, head_kernel, hidden_states, init_params, logical_axes, segments
+from qtjax.models.api import abstract_params, apply, head, head_kernel, hidden_states, init_params, logical_axes, segments
 from qtjax.models.config import ModelConfig, RopeScaling
 from qtjax.models.edits import LinearEdit
 from qtjax.models.generate import generate
@@ -12,6 +12,7 @@ __all__ = [
     "abstract_params",
     "apply",
     "generate",
+    "head",
     "head_kernel",
     "hidden_states",
     "init_params",

@@ -96,11 +96,21 @@ def hidden_states(
     return jnp.where((segment != 0)[..., None], hidden, 0)
 
 
-def head_kernel(config: ModelConfig, params: Tree, overlay: Any = None) -> Array:
-    """The vocabulary projection [D, V] in config.dtype; the embedding's transpose when tied."""
+def head(config: ModelConfig, params: Tree, overlay: Any = None) -> tuple[Array, str]:
+    """The vocabulary projection as it is stored, in config.dtype, and its layout for `scoring`.
+
+    Returns: ([D, V], "dv"), or ([V, D], "vd") for a tied embedding: transposing it would copy it.
+    """
     del overlay  # today's methods leave the head alone
-    kernel = params["embed_tokens"]["embedding"].T if config.tie_word_embeddings else params["lm_head"]["kernel"]
-    return kernel.astype(jnp.dtype(config.dtype))
+    tied = config.tie_word_embeddings
+    kernel = params["embed_tokens"]["embedding"] if tied else params["lm_head"]["kernel"]
+    return kernel.astype(jnp.dtype(config.dtype)), "vd" if tied else "dv"
+
+
+def head_kernel(config: ModelConfig, params: Tree, overlay: Any = None) -> Array:
+    """The vocabulary projection [D, V] in config.dtype, for a plain product with hidden states."""
+    kernel, layout = head(config, params, overlay)
+    return kernel if layout == "dv" else kernel.T
 
 
 def apply(

@@ -47,11 +47,13 @@ def score_rows(
     # Slot t-1 of `following` is slot t of `x`. Labels are moved to the hidden states and not the other way round, since
     # they are D times smaller; the wrapped last slot is never a target, because target_mask excludes slot 0.
     following = partial(jnp.roll, shift=-1, axis=1)
+    kernel, layout = models.head(config, params, overlay)
     nll, entropy = scoring.token_scores(
         hidden.reshape(-1, hidden.shape[-1]),
-        models.head_kernel(config, params, overlay),
+        kernel,
         following(ids).reshape(-1),
         following(targets).reshape(-1),
+        layout=layout,
         mesh=mesh,
     )
     return tuple(jnp.roll(scores.reshape(ids.shape), 1, axis=1) for scores in (nll, entropy))

@@ -78,8 +78,8 @@ def loss_sum(subject: Subject, mesh: Mesh, trainable: Tree, frozen: Tree, rows: 
         overlay=overlay, rng=rng,
     )  # fmt: skip
     labels, weights = (jnp.roll(rows[name], -1, axis=1) for name in ("input_ids", "weights"))
-    kernel = models.head_kernel(subject.config, params, overlay)
-    return head_loss(hidden, kernel, labels, weights, mesh=mesh)
+    kernel, layout = models.head(subject.config, params, overlay)
+    return head_loss(hidden, kernel, labels, weights, layout=layout, mesh=mesh)
 
 
 def accumulate(

@@ -113,7 +113,7 @@ def test_a_full_data_step_is_the_textbook_adamw_step(opened):
 
 def test_nothing_compiles_after_warm_up(opened):
     """Steps with different numbers of survivors launch only what was compiled before the first step."""
-    session = opened(**{"prune.sample_keep": 0.3, "train.shapes": 3})
+    session = opened(**{"prune.sample_keep": 0.5, "train.shapes": 3, "train.row_length": 48})
     loop = session.loop
     loop.step(0, session.total_steps)
     compiled = []
