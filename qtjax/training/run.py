@@ -49,6 +49,11 @@ class Session:
     total_steps: int
     seconds: dict[str, float]
 
+    def close(self) -> None:
+        """Waits for the last checkpoint and lets go of threads and files."""
+        self.loop.close()
+        self.checkpoints.close()
+
 
 def total_steps(config: Config, plan: BatchPlan) -> int:
     """Optimizer steps of the run: ceil(epochs x steps per epoch), or train.max_steps if that is fewer."""
@@ -131,14 +136,14 @@ def train_steps(session: Session, folder: RunFolder, *, quiet: bool = False) -> 
     every = session.config.train.checkpoint_every
     print_of = fingerprint(session.dataset)
     saved = session.step
-    with _stop_requested() as stop, TrainingProgress(last, session.step, quiet=quiet) as progress:
+    with _stop_requested() as stop, TrainingProgress(last, start=session.step, quiet=quiet) as progress:
         while session.step < last:
             metrics, records = loop.step(session.step, last)
             session.step += 1
             folder.log_step(session.step, {k: v for k, v in metrics.items() if k != "step"})
             if records is not None:
                 folder.log_samples(session.step, records)
-            progress.step(session.step, metrics)
+            progress.update(session.step, metrics)
             if session.step % every == 0 or session.step == last or stop:
                 folder.flush()  # records first: a checkpoint never claims a step that they lack
                 totals = {"seconds": dict(loop.totals.seconds), "counts": dict(loop.totals.counts)}

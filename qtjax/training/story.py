@@ -1,0 +1,175 @@
+"""The story of a run from its first line to its closing table: what `python -m qtjax.train` does."""
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from qtjax import evals
+from qtjax.atomic import write_atomic
+from qtjax.checkpoints import save_adapter, save_pretrained
+from qtjax.config import Config
+from qtjax.data.prepare import training_rows
+from qtjax.report.pictures import draw_run
+from qtjax.report.table import summary_table
+from qtjax.report.totals import totals
+from qtjax.training.full_data import time_full_data
+from qtjax.training.run import Session, open_session, train_steps
+from qtjax.training.run_folder import RunFolder
+
+
+def run(config: Config, console: Console, *, quiet: bool = False) -> dict[str, Any]:
+    """Runs or resumes the experiment of `config` and prints its closing table on standard output.
+
+    Returns: the summary (schema: qtjax.report.table). Raises QtjaxError for bad input, a diverged loss or a disk that
+    refuses; Interrupted after Ctrl-C or SIGTERM, with a checkpoint of the last finished step.
+    """
+    begin = time.perf_counter()
+    first = jax.process_index() == 0
+    with RunFolder.open(config, writes=first) as folder:
+        if folder.finished:
+            summary = folder.summary()
+            console.print(f"{folder.path}: finished already; this is its table", highlight=False)
+        else:
+            summary = _train(config, folder, console, begin, quiet)
+    if first:
+        Console().print(summary_table(summary))
+    return summary
+
+
+def _train(config: Config, folder: RunFolder, console: Console, begin: float, quiet: bool) -> dict[str, Any]:
+    session = open_session(config, folder, console)
+    held_out = _held_out(session)
+    base = _base_evaluation(session, folder, held_out)
+    train_steps(session, folder, quiet=quiet)
+    after = _evaluate(session, held_out)
+    if config.run.export:
+        export(session, folder)
+    steps = folder.read_metrics()
+    summary = {"title": _title(config), "policy": config.prune.policy, **totals(steps)}
+    summary["evaluation"] = _evaluation(held_out, base, after)
+    summary["speed_up"] = _speed_up(session, summary["seconds"])
+    summary["data"] = {
+        "samples": len(session.dataset), "cut": session.dataset.stats.cut, "skipped": dict(session.dataset.stats.skipped)
+    }  # fmt: skip
+    summary["provenance"] = _provenance(session, folder)
+    summary["model_folder"] = str(folder.model) if config.run.export else None
+    summary["seconds"]["total"] = _wall_clock(folder, begin)
+    if folder.writes:
+        folder.flush()
+        draw_run(folder.read_samples(), steps, folder.pictures, title=_title(config))
+    session.close()
+    folder.write_summary(summary)
+    console.print(f"data    {session.dataset.stats.line()}", highlight=False)
+    return summary
+
+
+def export(session: Session, folder: RunFolder) -> None:
+    """The trained model as an HF folder, or the adapter as a PEFT folder, in <run folder>/model."""
+    params, overlay = session.model.subject.join(session.loop.state.trainable, session.loop.frozen)
+    if overlay is None:
+        save_pretrained(folder.model, session.model.config, params, tokenizer_from=session.config.model.path)
+    else:
+        save_adapter(folder.model, overlay, session.config.model.path)
+
+
+def _held_out(session: Session) -> evals.HeldOut | None:
+    data = session.config.data
+    if not data.eval_path and not data.eval_fraction:
+        return None
+    tasks = ("loss", "exact_match") if session.config.eval.generate_samples else ("loss",)
+    return evals.load_held_out(session.config, session.model.config, session.tokenizer, tasks)
+
+
+def _evaluate(session: Session, held_out: evals.HeldOut | None) -> dict[str, Any]:
+    if held_out is None:
+        return {}
+    params, overlay = session.model.subject.join(session.loop.state.trainable, session.loop.frozen)
+    results = evals.evaluate(
+        session.config, session.model.config, params, session.tokenizer, held_out, overlay=overlay, mesh=session.mesh
+    )
+    return {name: result.summary() for name, result in results.items()}
+
+
+def _base_evaluation(session: Session, folder: RunFolder, held_out: evals.HeldOut | None) -> dict[str, Any]:
+    """The untrained model's results; measured at step 0 and read back by a resumed run."""
+    file = folder.path / "base.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    base = _evaluate(session, held_out) if session.step == 0 else {}
+    if folder.writes:
+        write_atomic(file, json.dumps(base, indent=2) + "\n")
+    return base
+
+
+def _evaluation(held_out: evals.HeldOut | None, base: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any] | None:
+    if held_out is None:
+        return None
+
+    def short(results: Mapping[str, Any]) -> dict[str, Any] | None:
+        if not results:
+            return None
+        return {"loss": results["loss"]["loss"], "exact_match": results.get("exact_match", {}).get("accuracy")}
+
+    generated = len(held_out.prompts) if held_out.prompts is not None else 0
+    by_task = after.get("exact_match", {}).get("by_task", {})
+    return {
+        "samples": len(held_out.dataset), "generated": generated, "base": short(base), "after": short(after), "by_task": by_task
+    }  # fmt: skip
+
+
+def _speed_up(session: Session, seconds: Mapping[str, float]) -> dict[str, Any] | None:
+    """Seconds of full-data training on the same samples and steps, measured now, over the run's own."""
+    timed = session.config.train.compare_full_data
+    if not timed or not session.loop.prunes:
+        return None
+    full = time_full_data(session.loop, timed, session.total_steps)
+    own = sum(seconds[name] for name in ("scoring", "packing", "training"))
+    return {
+        "value": full.seconds / own,
+        "full_data_seconds": full.seconds,
+        "pruned_seconds": own,
+        "how": f"full data: median of {full.steps} timed steps x {full.total}; pruned: scoring, packing and training included",
+    }
+
+
+def _provenance(session: Session, folder: RunFolder) -> dict[str, dict[str, int]] | None:
+    """Rows seen and kept by what the data say of how each came about; None if they say nothing."""
+    rows = training_rows(session.config.data)
+    if not len(rows) or "provenance" not in rows[0] or not session.loop.prunes:
+        return None
+    origin = {int(index): rows[i]["provenance"] for i, index in enumerate(rows.index)}
+    folder.flush()
+    records = folder.read_samples()
+    counts: dict[str, dict[str, int]] = {}
+    for row, keep in zip(records["row"].to_pylist(), records["keep"].to_pylist()):
+        count = counts.setdefault(origin[row], {"seen": 0, "kept": 0})
+        count["seen"] += 1
+        count["kept"] += bool(keep)
+    return dict(sorted(counts.items()))
+
+
+def _wall_clock(folder: RunFolder, begin: float) -> float:
+    """Seconds since this process began the run, plus the steps that earlier processes of it did."""
+    now = time.perf_counter()
+    here = time.time() - (now - begin)
+    earlier = sum(
+        m["seconds_score"] + m["seconds_pack"] + m["seconds_train"] for m in folder.read_metrics() if m["time"] < here
+    )
+    return now - begin + earlier
+
+
+def _title(config: Config) -> str:
+    name = config.model.path.rstrip("/").split("/")[-1]
+    data = config.data.path.rstrip("/").split("/")[-1]
+    how = "full data" if config.prune.sample_pruner == "none" else (
+        f"Q-Tuning {100 * config.prune.sample_keep:g} % x {100 * config.prune.token_keep:g} %"
+    )  # fmt: skip
+    method = "" if config.overlay.method == "none" else f", {config.overlay.method.upper()}"
+    return f"{name} on {data}, {how}{method}"
+
+
+__all__ = ["export", "run"]
