@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qtjax.config import DataSection
-from qtjax.data.packing import Sequence1D
+from qtjax.data.packing import Sample
 from qtjax.data.rows import from_objects
 from qtjax.data.tokenize import tokenize
 from qtjax.errors import QtjaxError
@@ -72,7 +72,7 @@ def multiple_choice(
         kept[0] = False
         if kept.sum() < mask.sum():
             raise QtjaxError(f"a choice of {int(mask.sum())} tokens does not fit a row of {row_length}; raise train.row_length")
-        encoded.append(Sequence1D(ids, kept, np.arange(len(ids), dtype=np.int32)))
+        encoded.append(Sample(ids, kept, np.arange(len(ids), dtype=np.int32)))
     found = likelihood(
         config, params, encoded, row_length=row_length, rows=rows, overlay=overlay, mesh=mesh, progress=progress
     )

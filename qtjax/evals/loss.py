@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qtjax.data.dataset import TokenizedDataset
-from qtjax.data.packing import Sequence1D
+from qtjax.data.packing import Sample
 from qtjax.evals.rows import likelihood
 from qtjax.models import ModelConfig
 from qtjax.tree import Tree
@@ -26,12 +26,12 @@ class HeldOutLoss(NamedTuple):
         return self._asdict()
 
 
-def whole_sequences(dataset: TokenizedDataset, samples: Iterable[int]) -> list[Sequence1D]:
+def whole_sequences(dataset: TokenizedDataset, samples: Iterable[int]) -> list[Sample]:
     """These samples as they are, with positions from 0."""
     out = []
     for i in samples:
         ids, mask, _ = dataset.sample(int(i))
-        out.append(Sequence1D(ids, mask, np.arange(len(ids), dtype=np.int32)))
+        out.append(Sample(ids, mask, np.arange(len(ids), dtype=np.int32)))
     return out
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qtjax import parallel
-from qtjax.data.packing import Sequence1D, fill_rows, pack
+from qtjax.data.packing import Sample, fill_rows, pack
 from qtjax.models import ModelConfig
 from qtjax.training.score import score_rows
 from qtjax.tree import Tree
@@ -47,7 +47,7 @@ def _on_device(rows: Mapping[str, np.ndarray], mesh: Mesh | None) -> Mapping[str
 def likelihood(
     config: ModelConfig,
     params: Tree,
-    samples: Sequence[Sequence1D],
+    samples: Sequence[Sample],
     *,
     row_length: int,
     rows: int,
