@@ -1,1 +1,7 @@
+"""EU scores from hidden states and a head: pure functions that know no model and do no I/O."""
 
+from qtjax.scoring.head import token_scores
+from qtjax.scoring.loss import head_loss
+from qtjax.scoring.plane import EUScores, sample_scores, target_mask
+
+__all__ = ["EUScores", "head_loss", "sample_scores", "target_mask", "token_scores"]

@@ -1,0 +1,172 @@
+"""Stage 1 of Q-Tuning: which K samples of a scoring batch to keep, from their points on the EU plane.
+
+Source: Q-Tuning, arXiv 2509.23873, section 3, Figures 1a and 2, Algorithm 1, eq. 1. Shape letter: B samples of the batch.
+
+Algorithm 1 bisects one level a in [0, 0.49] that opens the kept corners of the plane until K samples lie in them. The
+corners only ever grow with a, so every sample has one level at which it enters; sorting by that level gives the same
+choice without a search, exactly K, with static shapes:
+
+    n = eligible samples, rP and rE = ranks 0..n-1 of perplexity and entropy among them
+    m2 = max(n-1-rP, rE)   enters Q2 (high PPL, low Ent)  when a passes m2/n
+    m4 = max(rP, n-1-rE)   enters Q4 (low PPL, high Ent)
+    m  = min(m2, m4)       placed iff 100*m < 49*n
+
+Samples that no level up to 0.49 reaches supplement the choice, by how far they lie off the diagonal.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qtjax.errors import QtjaxError, near_names
+from qtjax.pruning.budget import budget_table
+
+POLICIES = ("paper", "article")
+SUPPLEMENTS = ("minmax", "ranks")
+
+
+class SampleChoice(NamedTuple):
+    """What stage 1 decided about each of the B samples.
+
+    keep: bool [B], the chosen samples; exactly min(K, eligible) of them.
+    quadrant: int32 [B], the corner that the sample enters first: 2 or 4 ("paper"), 2 or 3 ("article"), 0 if no level up
+      to 0.49 reaches it or it is not eligible. Does not depend on the budget: a sample in a corner may not be kept.
+    supplement: bool [B], kept without being in a corner (such samples keep all their tokens).
+    median_quadrant: int32 [B], 1..4 by the two medians (high means 2*rank + 1 > n); 0 if not eligible. For reports.
+    level: float32 scalar in [0, 0.49]: m/n of the last corner sample kept; 0.49 once the supplement is used; NaN if no
+      sample lies in a corner.
+    eligible: bool [B], real samples with targets and finite scores; the others are never kept.
+    """
+
+    keep: jax.Array
+    quadrant: jax.Array
+    supplement: jax.Array
+    median_quadrant: jax.Array
+    level: jax.Array
+    eligible: jax.Array
+
+
+def _ranks(values_B: jax.Array, eligible_B: jax.Array) -> jax.Array:
+    """int32 [B], stable ranks 0..n-1 among the eligible (ties: lower index first); the others come after them."""
+    return jnp.argsort(jnp.lexsort((values_B, ~eligible_B))).astype(jnp.int32)
+
+
+def _unit_range(values_B: jax.Array, eligible_B: jax.Array) -> jax.Array:
+    """Min-max normalised over the eligible samples, 0..1; 0.5 where the range is zero."""
+    low = jnp.min(jnp.where(eligible_B, values_B, jnp.inf), initial=jnp.inf)
+    high = jnp.max(jnp.where(eligible_B, values_B, -jnp.inf), initial=-jnp.inf)
+    width = high - low
+    return jnp.where(width > 0, (values_B - low) / jnp.where(width > 0, width, 1.0), 0.5)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "supplement"))
+def _select(perplexity_B, entropy_B, budgets, valid_B, policy: str, supplement: str) -> SampleChoice:
+    eligible = valid_B & jnp.isfinite(perplexity_B) & jnp.isfinite(entropy_B)
+    n = jnp.sum(eligible, dtype=jnp.int32)
+    kept = jnp.minimum(budgets[jnp.sum(valid_B, dtype=jnp.int32)], n)
+    # Ineligible scores may be NaN or inf: kept out of every later sort, difference and sum.
+    perplexity = jnp.where(eligible, perplexity_B, 0.0)
+    entropy = jnp.where(eligible, entropy_B, 0.0)
+    rank_p, rank_e = _ranks(perplexity, eligible), _ranks(entropy, eligible)
+
+    m2 = jnp.maximum(n - 1 - rank_p, rank_e)
+    if policy == "paper":
+        other, m_other = 4, jnp.maximum(rank_p, n - 1 - rank_e)
+        # Largest distance from the diagonal first.
+        if supplement == "ranks":
+            last_resort = -jnp.abs(rank_p - rank_e).astype(jnp.float32)
+        else:
+            last_resort = -jnp.abs(_unit_range(perplexity, eligible) - _unit_range(entropy, eligible))
+    else:
+        other, m_other = 3, jnp.maximum(rank_p, rank_e)
+        last_resort = rank_e.astype(jnp.float32) if supplement == "ranks" else _unit_range(entropy, eligible)
+    m = jnp.minimum(m2, m_other)
+    placed = eligible & (100 * m < 49 * n)
+    quadrant = jnp.where(placed, jnp.where(m2 <= m_other, 2, other), 0).astype(jnp.int32)
+
+    group = jnp.where(placed, 0, jnp.where(eligible, 1, 2))
+    # m is exact in float32 below 2**24 samples; lexsort is stable, so what is left of a tie goes to the lower index.
+    order = jnp.lexsort((jnp.where(placed, m.astype(jnp.float32), last_resort), group))
+    keep = jnp.argsort(order) < kept
+
+    extra = keep & ~placed
+    last_m = jnp.max(jnp.where(keep & placed, m, -1), initial=-1)
+    level = jnp.where(jnp.any(extra), 0.49, last_m / jnp.maximum(n, 1))
+    high_p, high_e = 2 * rank_p + 1 > n, 2 * rank_e + 1 > n
+    median = jnp.where(high_p, jnp.where(high_e, 1, 2), jnp.where(high_e, 4, 3))
+    return SampleChoice(
+        keep=keep,
+        quadrant=quadrant,
+        supplement=extra,
+        median_quadrant=jnp.where(eligible, median, 0).astype(jnp.int32),
+        level=jnp.where(jnp.any(placed), level, jnp.nan).astype(jnp.float32),
+        eligible=eligible,
+    )
+
+
+def select_samples(
+    perplexity: jax.Array,
+    entropy: jax.Array,
+    keep: float = 0.25,
+    policy: str = "paper",
+    supplement: str = "minmax",
+    valid: jax.Array | None = None,
+) -> SampleChoice:
+    """Keeps K = max(1, floor(keep * N + 1e-6)) samples of the batch: corners first, then the supplement.
+
+    Equals Algorithm 1's bisection wherever no tie lies on its level. Deterministic; what ties is decided by index.
+    Works under jit (keep, policy and supplement are Python values); a change of `keep` alone does not recompile.
+
+    Args:
+      perplexity: float [B], exp(mean nll) of each sample, over the WHOLE scoring batch (all devices and hosts).
+      entropy: float [B], mean predictive entropy of each sample, nats.
+      keep: fraction (0, 1] of the N real samples, those without any target or with a score that is not finite included.
+        With fewer than K eligible samples all of these are kept.
+      policy: "paper" keeps Q2 (high PPL, low Ent) and Q4 (low PPL, high Ent), as figures, text, Algorithm 1 and
+        examples of the paper do; "article" keeps Q2 and the low/low corner (3), as a widely read article prints it.
+      supplement: what ranks the samples that no corner reaches. paper: |PPL^ - Ent^|, largest first, with min-max
+        normalised scores ("minmax", the paper's) or with |rank - rank| ("ranks"); article: lowest Ent first.
+      valid: bool [B], False on padding; None: all are real.
+    Returns: SampleChoice.
+    Raises: QtjaxError for keep outside (0, 1], an unknown policy or supplement, arrays of unequal length.
+    """
+    for name, value, known in (("policy", policy, POLICIES), ("supplement", supplement, SUPPLEMENTS)):
+        if value not in known:
+            raise QtjaxError(f"{name} = {value!r}: must be one of {', '.join(known)}{near_names(str(value), known)}")
+    perplexity, entropy = jnp.asarray(perplexity, jnp.float32), jnp.asarray(entropy, jnp.float32)
+    valid = jnp.ones(perplexity.shape, bool) if valid is None else jnp.asarray(valid) != 0
+    if not perplexity.shape == entropy.shape == valid.shape or perplexity.ndim != 1:
+        raise QtjaxError(
+            f"perplexity, entropy and valid have shapes {perplexity.shape}, {entropy.shape} and {valid.shape}:"
+            " must be one dimension of equal length; flatten packed [B, S] scores first"
+        )
+    return _select(perplexity, entropy, budget_table(keep, perplexity.size), valid, policy, supplement)
+
+
+def _average_ranks(values_B: jax.Array, eligible_B: jax.Array) -> jax.Array:
+    """float32 [B], ranks among the eligible; equal values share the mean of their ranks."""
+    line = jnp.sort(jnp.where(eligible_B, values_B, jnp.inf))
+    return (jnp.searchsorted(line, values_B, side="left") + jnp.searchsorted(line, values_B, side="right") - 1) / 2
+
+
+@jax.jit
+def spearman(perplexity: jax.Array, entropy: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+    """Spearman's rank correlation of the two scores over the eligible samples, float32 scalar in [-1, 1].
+
+    The number to watch beside the supplement share: at rho, the two kept corners hold about arccos(rho)/pi of a batch.
+
+    Args: perplexity, entropy: float [B]; valid: bool [B], False on padding; None: all are real. Scores that are not
+      finite are left out; equal values share their mean rank.
+    Returns: NaN with fewer than two eligible samples, or when either score is constant.
+    """
+    perplexity, entropy = jnp.asarray(perplexity, jnp.float32), jnp.asarray(entropy, jnp.float32)
+    eligible = jnp.isfinite(perplexity) & jnp.isfinite(entropy)
+    if valid is not None:
+        eligible &= valid != 0
+    n = jnp.sum(eligible)
+    # Centred on the mean rank (n - 1) / 2, which ties do not move.
+    x, y = (jnp.where(eligible, _average_ranks(v, eligible) - (n - 1) / 2, 0.0) for v in (perplexity, entropy))
+    spread = jnp.sqrt(jnp.sum(x * x)) * jnp.sqrt(jnp.sum(y * y))
+    return jnp.where(spread > 0, jnp.clip(jnp.sum(x * y) / jnp.where(spread > 0, spread, 1.0), -1, 1), jnp.nan)

@@ -1,0 +1,103 @@
+"""What the fused head's two loops share: which slots count, in which order, and a chunk's logits.
+
+Shape letters: T token slots, V vocabulary, D model width, c chunk.
+
+Both loops list the slots that count (true mask, nonzero weight) and walk that list `chunk` slots at a time, a number of
+times known only at run time: the cost is that of the real targets, not of the padded shape, while shapes stay static.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from qtjax.errors import QtjaxError
+
+LAYOUTS = ("dv", "vd")
+BATCH_AXES = ("data", "fsdp")
+
+
+class Plan(NamedTuple):
+    """What is static about one call; hashable, because jit and custom_vjp key on it."""
+
+    chunk: int
+    layout: str
+    mesh: Mesh | None
+    batch_axes: tuple[str, ...]
+
+    @property
+    def split_axes(self) -> tuple[str, ...]:
+        """Mesh axes that do not shard the batch; their devices hold the same slots and divide them among themselves."""
+        return tuple(a for a in self.mesh.axis_names if a not in self.batch_axes) if self.mesh is not None else ()
+
+
+def make_plan(chunk: int, layout: str, mesh: Mesh | None, batch_axes: tuple[str, ...]) -> Plan:
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise QtjaxError(f"chunk = {chunk!r}: is a number of tokens, an integer of 1 or more; the default suits most machines")
+    if layout not in LAYOUTS:
+        raise QtjaxError(f"layout = {layout!r}: must be 'dv' (kernel [D, V]) or 'vd' (kernel [V, D], a tied embedding)")
+    if mesh is not None:
+        missing = [a for a in batch_axes if a not in mesh.axis_names]
+        if missing:
+            raise QtjaxError(f"batch_axes = {batch_axes}: the mesh has no axis {missing[0]!r}; its axes are {mesh.axis_names}")
+        if mesh.size == 1:
+            mesh = None
+    return Plan(chunk, layout, mesh, tuple(batch_axes) if mesh is not None else ())
+
+
+def check_shapes(plan: Plan, hidden: jax.Array, kernel: jax.Array, **per_token: jax.Array) -> None:
+    kernel_shape = kernel.shape if plan.layout == "dv" else kernel.shape[::-1]
+    if kernel.ndim != 2 or kernel_shape[0] != hidden.shape[-1]:
+        expected = "[D, V]" if plan.layout == "dv" else "[V, D]"
+        raise QtjaxError(
+            f"kernel has shape {kernel.shape} but hidden has width {hidden.shape[-1]}: must be {expected} for"
+            f" layout={plan.layout!r}; pass the other layout, or the head of this model"
+        )
+    for name, value in per_token.items():
+        if value.shape != hidden.shape[:-1]:
+            raise QtjaxError(f"{name} has shape {value.shape}: must be {hidden.shape[:-1]}, one entry per row of hidden")
+    if plan.mesh is not None:
+        devices = math.prod(plan.mesh.shape[a] for a in plan.batch_axes)
+        if hidden.shape[0] % devices:
+            raise QtjaxError(
+                f"hidden has {hidden.shape[0]} rows: must be a multiple of {devices}, the devices along"
+                f" {plan.batch_axes}; pad the batch"
+            )
+
+
+def work_list(wanted_T: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array, int]:
+    """(slots, trip count, chunk): this device's wanted slots first, in order, then the out-of-range slot T as padding."""
+    slots = wanted_T.shape[0]
+    ways = math.prod(plan.mesh.shape[a] for a in plan.split_axes) if plan.split_axes else 1
+    chunk = min(plan.chunk, -(-slots // ways))
+    rows = -(-slots // (chunk * ways)) * chunk
+    order = jnp.nonzero(wanted_T, size=rows * ways, fill_value=slots)[0].astype(jnp.int32)
+    if ways > 1:
+        # Dealt out like cards, so that devices that hold the same slots differ by one target at most.
+        order = order.reshape(rows, ways)[:, lax.axis_index(plan.split_axes)]
+    count = jnp.sum(order < slots, dtype=jnp.int32)
+    return order, (count + chunk - 1) // chunk, chunk
+
+
+def rows_at(array: jax.Array, index_c: jax.Array) -> jax.Array:
+    return array.at[index_c].get(mode="fill", fill_value=0)
+
+
+def logits(hidden_cD: jax.Array, kernel: jax.Array, layout: str) -> jax.Array:
+    """[c, V] float32 from operands in their common dtype."""
+    operand = jnp.promote_types(hidden_cD.dtype, kernel.dtype)
+    contract = 0 if layout == "dv" else 1
+    return lax.dot_general(
+        hidden_cD.astype(operand), kernel.astype(operand), (((1,), (contract,)), ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def label_logit(logits_cV: jax.Array, labels_c: jax.Array) -> jax.Array:
+    """The label's logit; NaN for a label outside the vocabulary, so that bad data cannot pass for a score."""
+    vocab = logits_cV.shape[1]
+    legal = (labels_c >= 0) & (labels_c < vocab)
+    picked = jnp.take_along_axis(logits_cV, jnp.clip(labels_c, 0, vocab - 1)[:, None], axis=1)[:, 0]
+    return jnp.where(legal, picked, jnp.nan)
