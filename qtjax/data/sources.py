@@ -15,6 +15,7 @@ from typing import Any
 from qtjax.data.delimited import read_delimited
 from qtjax.data.rows import Rows, from_arrow, from_json_lines, from_objects, from_parquet
 from qtjax.errors import QtjaxError, near_names
+from qtjax.hub import give_up_early
 
 EMBEDDED = "smol-instruct"
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -174,6 +175,7 @@ def _folder(name: str, folder: Path, split: str) -> Rows:
 
 
 def _hub(path: str, split: str) -> Rows:
+    give_up_early()
     return _fetch(
         path,
         split,

@@ -25,15 +25,27 @@ class Turn(NamedTuple):
     verbatim: bool
 
 
-def resolve_template(tokenizer: Any, setting: str) -> str | None:
+class ChatTemplate(str):
+    """Jinja text that knows where it came from, for messages."""
+
+    origin: str = ""
+
+    @classmethod
+    def of(cls, text: str, origin: str) -> "ChatTemplate":
+        template = cls(text)
+        template.origin = origin
+        return template
+
+
+def resolve_template(tokenizer: Any, setting: str) -> ChatTemplate | None:
     """The Jinja text of data.chat_template: 'auto' (the tokenizer's own, or None), 'none', or a file. Raises QtjaxError for a missing file."""
     if setting == "none":
         return None
     if setting == "auto":
         # A tokenizer may hold several named templates; transformers then picks by name and by tools.
-        return tokenizer.get_chat_template() if tokenizer.chat_template else None
+        return ChatTemplate.of(tokenizer.get_chat_template(), "of the tokenizer") if tokenizer.chat_template else None
     try:
-        return Path(setting).expanduser().read_text(encoding="utf-8")
+        return ChatTemplate.of(Path(setting).expanduser().read_text(encoding="utf-8"), setting)
     except (OSError, UnicodeDecodeError) as error:
         raise QtjaxError(f"data.chat_template = {setting!r}: cannot be read ({error}); must be 'auto', 'none' or a Jinja file") from None
 
@@ -65,9 +77,9 @@ def render(
 
 
 def _name(template: str) -> str:
-    """The head of a template, to tell it from others in a message."""
+    """Where a template came from, or its head, to tell it from others in a message."""
     head = " ".join(template.split())
-    return repr(head[:40] + ("..." if len(head) > 40 else ""))
+    return getattr(template, "origin", "") or repr(head[:40] + ("..." if len(head) > 40 else ""))
 
 
 def render_turns(tokenizer: Any, example: Example, template: str, where: str) -> tuple[str, list[Turn]]:
@@ -87,7 +99,8 @@ def render_turns(tokenizer: Any, example: Example, template: str, where: str) ->
             raise QtjaxError(
                 f"{where}, message {i}: the generation prompt of the chat template {_name(template)} is not a prefix of the full rendering"
                 f" (it ends in {prompt[-30:]!r} where the rendering has {full[max(len(prompt) - 30, 0) : len(prompt)]!r}), so the"
-                " answer cannot be told from the prompt; use another template with data.chat_template"
+                " answer cannot be told from the prompt; set data.chat_template to another (in a file laid out for reading, line breaks and"
+                " indentation are output too)"
             )
         start, end = len(prompt), len(full)
         if i + 1 < len(messages):

@@ -16,8 +16,10 @@ from qtjax.data.templates import render, render_turns, resolve_template
 from qtjax.data.tokenizer import closing_ids
 from qtjax.errors import QtjaxError
 
-# Rows handed to the tokenizer at once: enough to keep its threads busy, little enough for a smooth progress bar.
-CHUNK = 1000
+# Handed to the tokenizer at once, whichever is reached first: enough to keep its threads busy, little enough for a smooth
+# progress bar and for the offsets of all tokens in memory.
+CHUNK_ROWS = 1000
+CHUNK_CHARACTERS = 4_000_000
 
 Triple = tuple[np.ndarray, np.ndarray, np.ndarray]  # input_ids, loss_mask, closing
 
@@ -41,24 +43,30 @@ def tokenize(tokenizer: Any, rows: Rows, data: DataSection, *, progress: bool = 
     samples: list[Triple] = []
     row_index: list[int] = []
     skipped: Counter[str] = Counter()
+
+    def encode(items: list[tuple[int, Example]]) -> None:
+        encoded = encoder.encode([e for _, e in items], [rows.where(i) for i, _ in items])
+        for (i, _), result in zip(items, encoded, strict=True):
+            if isinstance(result, Skip):
+                skipped[result.reason] += 1
+            else:
+                samples.extend(result)
+                row_index.extend([int(rows.index[i])] * len(result))
+
     with LateProgress("tokenizing", len(rows), enabled=progress) as bar:
-        for begin in range(0, len(rows), CHUNK):
-            chunk = range(begin, min(begin + CHUNK, len(rows)))
-            items: list[tuple[int, Example]] = []
-            for i in chunk:
-                example = to_example(rows[i], data, rows.where(i), fmt)
-                if isinstance(example, Skip):
-                    skipped[example.reason] += 1
-                else:
-                    items.append((i, example))
-            encoded = encoder.encode([e for _, e in items], [rows.where(i) for i, _ in items])
-            for (i, _), result in zip(items, encoded, strict=True):
-                if isinstance(result, Skip):
-                    skipped[result.reason] += 1
-                else:
-                    samples += result
-                    row_index += [int(rows.index[i])] * len(result)
-            bar.advance(len(chunk))
+        items: list[tuple[int, Example]] = []
+        characters = begun = 0
+        for i in range(len(rows)):
+            example = to_example(rows[i], data, rows.where(i), fmt)
+            if isinstance(example, Skip):
+                skipped[example.reason] += 1
+            else:
+                items.append((i, example))
+                characters += example.characters
+            if i + 1 - begun == CHUNK_ROWS or characters > CHUNK_CHARACTERS or i + 1 == len(rows):
+                encode(items)
+                bar.advance(i + 1 - begun)
+                items, characters, begun = [], 0, i + 1
     stats = DataStats(rows=len(rows), cut=encoder.cut, skipped=dict(skipped), noted=dict(encoder.noted))
     if not samples:
         reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.items())

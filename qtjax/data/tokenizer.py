@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from qtjax.errors import QtjaxError, near_names
+from qtjax.hub import give_up_early
 
 EMBEDDED = "smol"
 
@@ -32,6 +33,8 @@ def load_tokenizer(path: str) -> Any:
     if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1 or not path):
         names = [f.name for f in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise QtjaxError(f"{name or 'model.path'}: no such folder{near_names(folder.name, names)}")
+    if not folder.is_dir():
+        give_up_early()
     # transformers remarks on every start that torch is missing; here nothing needs it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
