@@ -10,9 +10,10 @@ from qtjax.errors import QtjaxError
 
 _TEMPORARY = ".tmp"
 
+_AGAIN = "free some space, then run the same command again, it continues from what is saved"
 _REMEDIES = {
-    errno.ENOSPC: "the disk is full: free some space, then run the same command again, it continues from what is saved",
-    errno.EDQUOT: "the disk quota is used up: free some space, then run the same command again, it continues from what is saved",
+    errno.ENOSPC: f"the disk is full: {_AGAIN}",
+    errno.EDQUOT: f"the disk quota is used up: {_AGAIN}",
     errno.EFBIG: "the file would be larger than this file system allows: choose a folder on another disk",
     errno.EACCES: "no permission: choose a folder that you may write to, or change its permissions",
     errno.EPERM: "no permission: choose a folder that you may write to, or change its permissions",

@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON object a line, one line a step, steps 1, 2, 3, ... without a gap.
 
-The file is strict JSON: NaN and None (not measured) are written as null (and read back as NaN), an infinity as 1e999, which every IEEE parser
-reads as infinity. A line that was not written whole, and everything after it, does not count.
+The file is strict JSON: NaN and None (not measured) are written as null (and read back as NaN), an infinity as 1e999,
+which every IEEE parser reads as infinity. A line that was not written whole, and everything after it, does not count.
 """
 
 import json

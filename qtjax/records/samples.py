@@ -78,7 +78,9 @@ def _read(path: Path) -> pa.Table:
             return pq.read_table(pa.BufferReader(path.read_bytes()), schema=SCHEMA)
     except pa.ArrowException as error:
         reason = str(error).splitlines()[0]
-        raise QtjaxError(f"{path}: not a readable Parquet file of EU records ({reason}); restore or delete it") from error
+        raise QtjaxError(
+            f"{path}: not a readable Parquet file of EU records ({reason}); restore or delete it"
+        ) from error
 
 
 def _write(path: Path, table: pa.Table) -> None:

@@ -1,1 +1,1 @@
-
+"""Pictures and tables of a run, from saved files only; no model code."""

@@ -16,7 +16,9 @@ from qtjax.training.run_folder import read_metrics, read_summary
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m qtjax.report", description=__doc__.split(": ", 1)[1])
     parser.add_argument("run_folder", help="the run.folder of a training run, finished or not")
-    parser.add_argument("--out", default="", metavar="FOLDER", help="where the pictures go (default: RUN_FOLDER/pictures)")
+    parser.add_argument(
+        "--out", default="", metavar="FOLDER", help="where the pictures go (default: RUN_FOLDER/pictures)"
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     given = parser.parse_args(argv)
     folder = Path(given.run_folder)

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from qtjax.errors import QtjaxError
-from qtjax.report.style import BLUE, INK, KIND_COLORS, QUADRANT_COLORS, QUADRANT_NAMES, SKY, VERMILION, save, tidy
+from qtjax.report.quadrants import QUADRANT_NAMES
+from qtjax.report.style import BLUE, INK, KIND_COLORS, QUADRANT_COLORS, SKY, VERMILION, save, tidy
 
 _FEW = 60  # up to so many steps a step is drawn by itself
 
@@ -97,7 +98,13 @@ def _loss(axes: Axes, series: Series) -> None:
     loss = np.where(series["skipped"] > 0, np.nan, series["loss"])
     if series.window > 1:
         axes.plot(series.steps, loss, color=SKY, linewidth=0.8, alpha=0.5, label="each step")
-        axes.plot(series.steps, series.smooth(loss), color=BLUE, linewidth=2, label=f"mean of {series.window // 2 * 2 + 1} steps")
+        axes.plot(
+            series.steps,
+            series.smooth(loss),
+            color=BLUE,
+            linewidth=2,
+            label=f"mean of {series.window // 2 * 2 + 1} steps",
+        )
         _legend(axes, loc="upper right")
     else:
         axes.plot(series.steps, loss, color=BLUE, linewidth=1.8, marker="o", markersize=3)
@@ -106,20 +113,31 @@ def _loss(axes: Axes, series: Series) -> None:
 
 
 def _kept(axes: Axes, series: Series) -> None:
-    lines = (("samples", "kept_samples", "samples", BLUE, "-"), ("trained tokens", "kept_tokens", "target_tokens", VERMILION, "--"))
+    lines = (
+        ("samples", "kept_samples", "samples", BLUE, "-"),
+        ("trained tokens", "kept_tokens", "target_tokens", VERMILION, "--"),
+    )
     highest = 0.05
     for label, part, whole, color, style in lines:
         share, overall = series.share(part, whole), series.total(part) / max(series.total(whole), 1)
         highest = np.nanmax([highest, *share])
         marker = {"marker": "o", "markersize": 3} if len(share) <= _FEW else {}
-        axes.plot(series.steps, share, color=color, linestyle=style, linewidth=2, label=f"{label}: {overall:.1%} overall", **marker)
+        axes.plot(
+            series.steps,
+            share,
+            color=color,
+            linestyle=style,
+            linewidth=2,
+            label=f"{label}: {overall:.1%} overall",
+            **marker,
+        )
     _percent(axes, highest)
     _legend(axes, loc="upper left", ncols=2)
     _heading(axes, "Share kept")
 
 
 def _stack(axes: Axes, series: Series, names: Mapping[str, tuple[str, str]], whole: str) -> None:
-    """Stacked areas (bars for few steps), {metric: (label, colour)}, as shares of all samples; labels carry shares of `whole`."""
+    """Stacked areas (bars for few steps) of {metric: (label, colour)} as shares of all samples; labels: shares of `whole`."""
     total = max(series.total(whole), 1)
     base = np.zeros(len(series.steps))
     for name, (label, color) in names.items():
@@ -128,7 +146,16 @@ def _stack(axes: Axes, series: Series, names: Mapping[str, tuple[str, str]], who
         top = base + np.nan_to_num(series.share(name, "samples"))
         label = f"{label}: {series.total(name) / total:.1%}"
         if len(base) <= _FEW:
-            axes.bar(series.steps, top - base, bottom=base, width=1.0, color=color, label=label, linewidth=0.5, edgecolor="white")
+            axes.bar(
+                series.steps,
+                top - base,
+                bottom=base,
+                width=1.0,
+                color=color,
+                label=label,
+                linewidth=0.5,
+                edgecolor="white",
+            )
         else:
             axes.fill_between(series.steps, base, top, color=color, label=label, linewidth=0.5, edgecolor="white")
         base = top

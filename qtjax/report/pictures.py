@@ -12,7 +12,9 @@ from qtjax.report.curves import draw_curves
 from qtjax.report.plane import draw_plane
 
 
-def draw_run(samples: pa.Table, metrics: Sequence[Mapping[str, Any]], folder: str | os.PathLike, *, title: str = "") -> list[Path]:
+def draw_run(
+    samples: pa.Table, metrics: Sequence[Mapping[str, Any]], folder: str | os.PathLike, *, title: str = ""
+) -> list[Path]:
     """Draws curves.png, and the EU plane of the first and, if it is another one, the last epoch.
 
     Args:
@@ -30,7 +32,9 @@ def draw_run(samples: pa.Table, metrics: Sequence[Mapping[str, Any]], folder: st
         for name, epoch in {"eu_plane.png": epochs[0], "eu_plane_last.png": epochs[-1]}.items():
             if name == "eu_plane.png" or len(epochs) > 1:
                 chosen = samples.filter(pc.field("epoch") == epoch)
-                paths.append(draw_plane(chosen, folder / name, title=f"{head}EU plane, epoch {epoch + 1} of {epochs[-1] + 1}"))
+                paths.append(
+                    draw_plane(chosen, folder / name, title=f"{head}EU plane, epoch {epoch + 1} of {epochs[-1] + 1}")
+                )
     if metrics:
         paths.append(draw_curves(metrics, folder / "curves.png", title=f"{head}training" if title else ""))
     return paths

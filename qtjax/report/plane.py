@@ -18,16 +18,24 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from qtjax.errors import QtjaxError
-from qtjax.report.style import GREY, INK, KIND_COLORS, PALE, QUADRANT_COLORS, QUADRANT_NAMES, save, tidy
+from qtjax.report.quadrants import QUADRANT_NAMES
+from qtjax.report.style import GREY, INK, KIND_COLORS, PALE, QUADRANT_COLORS, save, tidy
 
 _MARKERS = {"q2": "^", "q4": "o", "q3": "s", "supplement": "D"}
-_LABELS = {"q2": "kept Q2, tokens pruned", "q4": "kept Q4, whole", "q3": "kept Q3, whole", "supplement": "kept as supplement, whole"}
+_LABELS = {
+    "q2": "kept Q2, tokens pruned",
+    "q4": "kept Q4, whole",
+    "q3": "kept Q3, whole",
+    "supplement": "kept as supplement, whole",
+}
 
 
 _DENSITY = LinearSegmentedColormap.from_list("density", ["#E2E2E2", "#6E6E6E"])
 
 
-def draw_plane(columns: Any, path: str | os.PathLike, *, title: str = "", max_points: int = 20_000, seed: int = 0) -> Path:
+def draw_plane(
+    columns: Any, path: str | os.PathLike, *, title: str = "", max_points: int = 20_000, seed: int = 0
+) -> Path:
     """Draws EU records.
 
     Args:
@@ -75,7 +83,9 @@ def draw_plane(columns: Any, path: str | os.PathLike, *, title: str = "", max_po
     chosen = {kind: np.flatnonzero(mask) for kind, mask in kinds.items() if kind != "dropped"}
     if crowded:  # one rate for all kinds, so that their numbers can still be compared by eye
         rate = min(1.0, max_points / 5 / max(1, sum(len(index) for index in chosen.values())))
-        chosen = {kind: rng.choice(index, int(np.ceil(rate * len(index))), replace=False) for kind, index in chosen.items()}
+        chosen = {
+            kind: rng.choice(index, int(np.ceil(rate * len(index))), replace=False) for kind, index in chosen.items()
+        }
     for kind, index in chosen.items():
         axes.scatter(ent[index], ppl[index], s=_size(total) * (1.2 if kind == "supplement" else 1.6), c=_color(kind),
                      marker=_MARKERS.get(kind, "o"), linewidths=0.3, edgecolors="white", alpha=0.9, zorder=3)  # fmt: skip
@@ -103,7 +113,12 @@ def _kinds(data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     if "keep" not in data:
         high_ppl = data["perplexity"] > np.median(data["perplexity"])
         high_ent = data["entropy"] > np.median(data["entropy"])
-        masks = {"1": high_ppl & high_ent, "2": high_ppl & ~high_ent, "3": ~high_ppl & ~high_ent, "4": ~high_ppl & high_ent}
+        masks = {
+            "1": high_ppl & high_ent,
+            "2": high_ppl & ~high_ent,
+            "3": ~high_ppl & ~high_ent,
+            "4": ~high_ppl & high_ent,
+        }
     else:
         keep = data["keep"].astype(bool)
         placed = keep & ~data.get("supplement", np.zeros_like(keep)).astype(bool)
@@ -154,17 +169,26 @@ def _percent(share: float) -> str:
     return f"{share:.1%}" if 0 < share < 0.0995 else f"{share:.0%}"
 
 
-def _medians(axes: Axes, ppl: np.ndarray, ent: np.ndarray, median_ppl: float, median_ent: float, kinds: Iterable[str]) -> None:
+def _medians(
+    axes: Axes, ppl: np.ndarray, ent: np.ndarray, median_ppl: float, median_ent: float, kinds: Iterable[str]
+) -> None:
     axes.axhline(median_ppl, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=4)
     axes.axvline(median_ent, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=4)
-    corners = {1: (0.985, 0.985, "right", "top"), 2: (0.015, 0.985, "left", "top"), 3: (0.015, 0.015, "left", "bottom"), 4: (0.985, 0.015, "right", "bottom")}  # fmt: skip
+    corners = {
+        1: (0.985, 0.985, "right", "top"),
+        2: (0.015, 0.985, "left", "top"),
+        3: (0.015, 0.015, "left", "bottom"),
+        4: (0.985, 0.015, "right", "bottom"),
+    }
     high_ppl, high_ent = ppl > median_ppl, ent > median_ent
     members = {1: high_ppl & high_ent, 2: high_ppl & ~high_ent, 3: ~high_ppl & ~high_ent, 4: ~high_ppl & high_ent}
+    style = {"fontsize": 10, "fontweight": "bold", "linespacing": 1.3, "zorder": 5}
+    style["bbox"] = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 2}
     for quadrant, (x, y, ha, va) in corners.items():
         named = f"q{quadrant}" in kinds or str(quadrant) in kinds
         text = f"Q{quadrant} {QUADRANT_NAMES[quadrant]}\n{_percent(members[quadrant].mean())} of samples"
-        axes.text(x, y, text, transform=axes.transAxes, ha=ha, va=va, fontsize=10, color=QUADRANT_COLORS[quadrant] if named else "#666666", fontweight="bold",
-                  linespacing=1.3, bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 2}, zorder=5)  # fmt: skip
+        color = QUADRANT_COLORS[quadrant] if named else "#666666"
+        axes.text(x, y, text, transform=axes.transAxes, ha=ha, va=va, color=color, **style)
 
 
 def _margins(top: Axes, side: Axes, axes: Axes, ppl: np.ndarray, ent: np.ndarray, kinds: dict[str, np.ndarray]) -> None:

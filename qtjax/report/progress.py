@@ -83,13 +83,15 @@ class TrainingProgress:
         parts.append(f"ETA {clock_time(seconds / len(self._recent) * (self.total - step))}")
         return "  ".join(parts)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar:
             self._bar.stop()
 
 
 def tokens_of(metrics: Mapping[str, Any]) -> float:
-    """Tokens of data that a step worked through: all scored ones (they include the survivors), or, unscored, the trained ones."""
+    """Tokens of data that a step worked through: the scored ones (survivors among them), or, unscored, the trained ones."""
     return metrics.get("scored_tokens") or (metrics.get("fill") or 0) * (metrics.get("trained_slots") or 0)
 
 

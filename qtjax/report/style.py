@@ -15,7 +15,6 @@ INK, GREY, PALE = "#222222", "#9A9A9A", "#D0D0D0"
 
 KIND_COLORS = {"q2": VERMILION, "q4": BLUE, "q3": PURPLE, "supplement": GREEN}
 QUADRANT_COLORS = {1: "#4D4D4D", 2: VERMILION, 3: PURPLE, 4: BLUE}
-QUADRANT_NAMES = {1: "harmful noise", 2: "misconception", 3: "redundant", 4: "calibration"}
 
 
 def tidy(axes: Axes) -> None:

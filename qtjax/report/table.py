@@ -33,8 +33,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from qtjax.report.quadrants import QUADRANT_NAMES
+
 _WIDTH = 76
-_QUADRANTS = {1: "harmful noise", 2: "misconception", 3: "redundant", 4: "calibration"}
 
 
 @dataclass(frozen=True)
@@ -57,19 +58,29 @@ def summary_table(summary: Mapping[str, Any]) -> RenderableType:
     """What `rich.console.Console.print` shows; at most 80 columns wide, plain ASCII in its texts."""
     parts: list[RenderableType] = []
     if summary.get("title"):
-        parts.append(Text(f"{summary['title']}: {summary['steps']:,} steps", style="bold", overflow="fold"))
+        parts.append(
+            Padding(
+                Text(f"{summary['title']}: {summary['steps']:,} steps", style="bold", overflow="fold"), (0, 0, 1, 0)
+            )
+        )
     for block in blocks(summary):
-        table = Table(title=block.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, min_width=_WIDTH, width=_WIDTH)  # fmt: skip
-        for i, name in enumerate(block.header):
-            table.add_column(name, justify="left" if i == 0 else "right", ratio=2 if i == 0 else 1, overflow="fold")
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, width=_WIDTH)
+        for i, name in enumerate([block.title, *block.header[1:]]):
+            left = (
+                {"justify": "left", "min_width": 38, "overflow": "fold"} if i == 0 else {"justify": "right", "ratio": 1}
+            )
+            table.add_column(Text(name, style="bold"), **left)
         for row in block.rows:
             table.add_row(*(Text(cell) for cell in row))
-        parts.append(table)
+        parts.append(Padding(table, (0, 0, 0 if block.note else 1, 0)))
         if block.note:
-            parts.append(Padding(Text("\n".join(textwrap.wrap(block.note, _WIDTH - 2)), style="dim"), (0, 0, 1, 1)))
-    tail = _closing_lines(summary)
-    if tail:
-        parts.append(Text("\n".join(tail), overflow="fold"))
+            parts.append(Padding(Text("\n".join(textwrap.wrap(block.note, _WIDTH)), style="dim"), (0, 0, 1, 0)))
+    for line in _closing_lines(summary):
+        parts.append(
+            Text(
+                "\n".join(textwrap.wrap(line, _WIDTH, break_long_words=False, break_on_hyphens=False)), overflow="fold"
+            )
+        )
     return Group(*parts)
 
 
@@ -86,7 +97,7 @@ def summary_markdown(summary: Mapping[str, Any]) -> str:
 
 
 def _md(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("  ", "&emsp;") for cell in cells) + " |"
 
 
 def _percent(part: float | None, whole: float | None = 1.0) -> str:
@@ -99,7 +110,11 @@ def _number(value: float | None, form: str) -> str:
 
 def _held_out(summary: Mapping[str, Any]) -> Block | None:
     evaluation = summary.get("evaluation") or {}
-    named = [(name, evaluation[key]) for key, name in (("base", "base"), ("after", "after"), ("full_data", "full data")) if evaluation.get(key)]
+    named = [
+        (name, evaluation[key])
+        for key, name in (("base", "base"), ("after", "after"), ("full_data", "full data"))
+        if evaluation.get(key)
+    ]
     if not named:
         return None
     rows = [("loss (nats per token)", *(_number(values.get("loss"), ".4f") for _, values in named))]
@@ -118,20 +133,38 @@ def _kept(summary: Mapping[str, Any]) -> Block | None:
     article = summary.get("policy") == "article"
     for q, what in ((2, "tokens pruned"), (4, "whole"), (3, "whole")):
         if samples.get(f"q{q}") or q == 2 or (q == 3) == article:
-            rows.append((f"  Q{q} {_QUADRANTS[q]}, {what}", f"{samples.get(f'q{q}', 0):,}", "", _percent(samples.get(f"q{q}", 0), seen)))
+            rows.append(
+                (
+                    f"  Q{q} {QUADRANT_NAMES[q]}, {what}",
+                    f"{samples.get(f'q{q}', 0):,}",
+                    "",
+                    _percent(samples.get(f"q{q}", 0), seen),
+                )
+            )
     supplement = samples.get("supplement", 0)
     rows.append(("  supplement, whole", f"{supplement:,}", "", _percent(supplement, seen)))
     if samples.get("eligible", seen) == kept == seen:
         rows = rows[:1]  # full data: nothing was chosen
-    rows.append(("trained tokens kept", f"{tokens['kept']:,}", f"{tokens['seen']:,}", _percent(tokens["kept"], tokens["seen"])))
+    rows.append(
+        ("trained tokens kept", f"{tokens['kept']:,}", f"{tokens['seen']:,}", _percent(tokens["kept"], tokens["seen"]))
+    )
     closing = summary.get("closing") or {}
     if closing.get("seen") and len(rows) > 2:
-        rows.append(("  closing (EOS) tokens pruned", f"{closing['pruned']:,}", f"{closing['seen']:,}", _percent(closing["pruned"], closing["seen"])))
+        rows.append(
+            (
+                "  closing (EOS) tokens pruned",
+                f"{closing['pruned']:,}",
+                f"{closing['seen']:,}",
+                _percent(closing["pruned"], closing["seen"]),
+            )
+        )
     notes = []
     medians = samples.get("supplement_median") or {}
     if supplement and any(medians.values()):
         shares = ", ".join(f"Q{q} {_percent(medians[str(q)], supplement)}" for q in (1, 2, 3, 4) if medians.get(str(q)))
-        notes.append(f"The supplement, {_percent(supplement, kept)} of the kept samples, lies by the batch medians in {shares}.")
+        notes.append(
+            f"The supplement, {_percent(supplement, kept)} of the kept samples, lies by the batch medians in {shares}."
+        )
     ineligible = seen - samples.get("eligible", seen)
     if ineligible:
         notes.append(f"{ineligible:,} samples had no usable score.")
@@ -150,14 +183,14 @@ def _time(summary: Mapping[str, Any]) -> Block | None:
         named["other"] = max(0.0, total - sum(named.values()))
     rows = [(name, f"{value:,.1f}", _percent(value, total)) for name, value in named.items()]
     rows.append(("total", f"{total:,.1f}", _percent(total, total)))
-    note = "Other: loading, compiling, evaluation, saving." if "other" in named else ""
-    speed = summary.get("speed_up")
-    if speed and speed.get("value"):
-        note += (
-            f" Speed-up over full-data training on the same work: {speed['value']:.2f}x"
-            f" ({speed['full_data_seconds']:,.1f} s against {speed['pruned_seconds']:,.1f} s{'; ' + speed['how'] if speed.get('how') else ''})."
-        )
-    return Block("Time", ("", "seconds", "share"), rows, note.strip())
+    notes = ["Other: loading, compiling, evaluation, saving."] if "other" in named else []
+    speed = summary.get("speed_up") or {}
+    if speed.get("value"):
+        rows.append(("full-data training on the same work", f"{speed['full_data_seconds']:,.1f}", ""))
+        rows.append(("speed-up of the pruned steps", f"{speed['value']:.2f}x", ""))
+        notes.append(f"Speed-up: {speed['full_data_seconds']:,.1f} s / {speed['pruned_seconds']:,.1f} s"
+                     f"{', ' + speed['how'] if speed.get('how') else ''}.")  # fmt: skip
+    return Block("Time", ("", "seconds", "share"), rows, " ".join(notes))
 
 
 def _provenance(summary: Mapping[str, Any]) -> Block | None:
@@ -166,7 +199,9 @@ def _provenance(summary: Mapping[str, Any]) -> Block | None:
         (name, f"{c['kept']:,}", f"{c['seen'] - c['kept']:,}", _percent(c["seen"] - c["kept"], c["seen"]))
         for name, c in origin.items()
     ]
-    return Block("Rows by provenance, over all steps", ("", "kept", "dropped", "share dropped"), rows)
+    samples = summary["samples"]
+    note = f"Of all rows together {_percent(samples['seen'] - samples['kept'], samples['seen'])} were dropped."
+    return Block("Rows by provenance, over all steps", ("", "kept", "dropped", "drop rate"), rows, note)
 
 
 def _closing_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -177,7 +212,7 @@ def _closing_lines(summary: Mapping[str, Any]) -> list[str]:
         skipped = {reason: n for reason, n in (data.get("skipped") or {}).items() if n}
         line += f", {sum(skipped.values()):,} rows skipped"
         line += f" ({', '.join(f'{reason}: {n:,}' for reason, n in skipped.items())})" if skipped else ""
-        lines += textwrap.wrap(line + ".", _WIDTH)
+        lines.append(line + ".")
     if summary.get("model_folder"):
         lines.append(f"Model: {summary['model_folder']}")
     return lines

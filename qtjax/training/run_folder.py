@@ -65,7 +65,9 @@ class RunFolder:
         """
         path = Path(config.run.folder)
         if not fresh_ok and not (path / "config.json").exists():
-            raise QtjaxError(f"run.folder = {str(path)!r}: no run there (no config.json); train first, or name another folder")
+            raise QtjaxError(
+                f"run.folder = {str(path)!r}: no run there (no config.json); train first, or name another folder"
+            )
         if not writes:
             _check_config(path, config)
             return cls(path, None, False)
@@ -211,7 +213,9 @@ def read_summary(path: str | os.PathLike) -> dict[str, Any]:
     """The summary of the run folder `path`. Raises QtjaxError if the run has not finished."""
     file = Path(path) / "summary.json"
     if not file.exists():
-        raise QtjaxError(f"{path}: this run has not finished (no summary.json); run its training command again to continue it")
+        raise QtjaxError(
+            f"{path}: this run has not finished (no summary.json); run its training command again to continue it"
+        )
     return _read_json(file)
 
 

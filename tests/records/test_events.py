@@ -42,7 +42,10 @@ def test_crc_reference():
 def test_protocol_buffers_agree(tmp_path):
     """tensorboardX's generated protocol buffers read the same steps, tags and numbers that were written."""
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
-    rows = [{"step": 1, "time": 5.5, "loss": 2.5, "kept_q2": 3}, {"step": 2, "time": 6.5, "loss": 1.25, "level": math.nan}]
+    rows = [
+        {"step": 1, "time": 5.5, "loss": 2.5, "kept_q2": 3},
+        {"step": 2, "time": 6.5, "loss": 1.25, "level": math.nan},
+    ]
     file = EventFile(tmp_path / "tb", rows)
     file.append(300, {"loss": np.float32(0.5), "grad_norm": 1e300, "samples": 128, "spearman": None}, 7.25)
     file.close()

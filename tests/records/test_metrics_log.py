@@ -20,7 +20,11 @@ def strict(text):
     return json.loads(text, parse_constant=no)
 
 
-@given(st.dictionaries(st.text(min_size=1), st.floats() | st.integers(-(2**53), 2**53) | st.booleans() | st.text() | st.none()))
+@given(
+    st.dictionaries(
+        st.text(min_size=1), st.floats() | st.integers(-(2**53), 2**53) | st.booleans() | st.text() | st.none()
+    )
+)
 def test_a_line_is_strict_json_and_reads_back(values):
     """Every finite number is read back exactly, NaN as null, and infinity as infinity; there is one line feed, at the end."""
     line = to_line(values)
@@ -33,7 +37,11 @@ def test_a_line_is_strict_json_and_reads_back(values):
 
 def test_numpy_values_become_numbers():
     """Arrays of one element and numpy scalars are written as plain numbers."""
-    assert strict(to_line({"a": np.float32(0.5), "b": np.array(3), "c": np.bool_(True)})) == {"a": 0.5, "b": 3, "c": True}
+    assert strict(to_line({"a": np.float32(0.5), "b": np.array(3), "c": np.bool_(True)})) == {
+        "a": 0.5,
+        "b": 3,
+        "c": True,
+    }
 
 
 @given(st.integers(0, 200), st.binary(max_size=4))

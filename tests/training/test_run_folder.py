@@ -86,11 +86,13 @@ def assert_holds(folder, step, eu_step=None):
     assert table["step"].to_pylist() == [s for s in range(1, eu_step + 1) for _ in range(2)]
     rows = [r for s in range(1, eu_step + 1) for r in columns_of(s)["row"][:-1]]
     assert table["row"].to_pylist() == rows
-    expected = np.concatenate([np.zeros(0, np.float32), *(columns_of(s)["perplexity"][:-1] for s in range(1, eu_step + 1))])
+    expected = np.concatenate(
+        [np.zeros(0, np.float32), *(columns_of(s)["perplexity"][:-1] for s in range(1, eu_step + 1))]
+    )
     np.testing.assert_array_equal(table["perplexity"].to_numpy(), expected)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_cut_back_law(data):
     """Any sequence of steps, flushes, kills and restarts from a flushed step ends with each step exactly once."""
@@ -160,7 +162,9 @@ def test_an_interrupted_cut_back_can_be_repeated(tmp_path, monkeypatch, interrup
             pass
     folder.close()
     table = RunFolder.open(config, writes=False).read_samples()
-    assert len(set(zip(table["step"].to_pylist(), table["row"].to_pylist()))) == table.num_rows, "a reader sees no row twice"
+    assert len(set(zip(table["step"].to_pylist(), table["row"].to_pylist()))) == table.num_rows, (
+        "a reader sees no row twice"
+    )
     for step in (6, 4, 0):
         with RunFolder.open(config) as folder:
             folder.cut_back(step)
@@ -188,7 +192,9 @@ def test_a_killed_process_leaves_whole_records(tmp_path):
     for patience in (0.05, 0.17, 0.11):
         arguments = [sys.executable, "-c", _LOOP, str(path), str(Path(__file__).parent), str(start)]
         root = str(Path(atomic.__file__).parents[1])
-        with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root}) as process:
+        with subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root}
+        ) as process:
             first = process.stdout.readline()
             time.sleep(patience)
             process.send_signal(signal.SIGKILL)
@@ -216,7 +222,10 @@ def test_records_that_do_not_reach_the_checkpoint_are_an_error(tmp_path):
         assert folder.last_step == 6
     shutil.move(tmp_path / "aside", middle)
     (tmp_path / "run/metrics.jsonl").unlink()
-    with RunFolder.open(config) as folder, pytest.raises(QtjaxError, match="holds steps 1 to 0, but the checkpoint is of step 5"):
+    with (
+        RunFolder.open(config) as folder,
+        pytest.raises(QtjaxError, match="holds steps 1 to 0, but the checkpoint is of step 5"),
+    ):
         folder.cut_back(5)
     assert pq.read_table(tmp_path / "run/eu").num_rows == 12
 
@@ -287,7 +296,10 @@ def test_a_config_of_another_version_is_named_too(tmp_path):
 def test_one_process_at_a_time(tmp_path):
     """A second opening of the same folder is one line naming the owner, until the first one lets go."""
     config = config_of(tmp_path / "run")
-    with RunFolder.open(config), pytest.raises(QtjaxError, match=f"in use by another process .process {os.getpid()} on "):
+    with (
+        RunFolder.open(config),
+        pytest.raises(QtjaxError, match=f"in use by another process .process {os.getpid()} on "),
+    ):
         RunFolder.open(config)
     RunFolder.open(config).close()
 
