@@ -138,7 +138,7 @@ def _text(row: Mapping[str, Any], column: str, where: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    return {list: "a list", dict: "an object", type(None): "nothing"}.get(type(value), f"a {type(value).__name__}")
+    return {list: "a list", dict: "an object", int: "a number", float: "a number", type(None): "nothing"}.get(type(value), f"a {type(value).__name__}")
 
 
 def _instruction(row: Mapping[str, Any], data: DataSection, where: str) -> Example | Skip:

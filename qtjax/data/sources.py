@@ -40,13 +40,13 @@ def load_rows(path: str, split: str = "train", columns: Sequence[str] = ()) -> R
         from qtjax.smol.instruct import load_rows as generate
 
         return from_objects(f"{path}[{split}]", generate(split))
+    if not path:
+        raise QtjaxError("data.path is empty; give a file, a folder, a hub name, or 'smol-instruct'")
     file = Path(path).expanduser()
     if file.is_dir():
         return _folder(path, file, split)
     if file.is_file():
         return _file(path, file, split, columns)
-    if not path:
-        raise QtjaxError("data.path is empty; give a file, a folder, a hub name, or 'smol-instruct'")
     if _looks_like_file(path, file):
         raise QtjaxError(f"{path}: no such file{_neighbours(file)}")
     return _hub(path, split)
