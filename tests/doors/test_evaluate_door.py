@@ -1,0 +1,54 @@
+"""evaluate: all tasks on a model folder and on a run; a table within 80 columns and the same numbers as JSON."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from qtjax.errors import QtjaxError
+from qtjax.evaluate import main
+
+
+def run(argv):
+    out = io.StringIO()
+    main(argv, Console(file=out, width=80))
+    return out.getvalue()
+
+
+def test_all_tasks_of_a_folder(experiment, tmp_path):
+    """Loss, exact match and multiple choice; what is printed is what is written."""
+    out = tmp_path / "eval.json"
+    text = run(["--config", experiment, "--tasks", "loss,exact_match,choice", "--out", str(out)])
+    record = json.loads(out.read_text())
+    assert max(map(len, text.splitlines())) <= 80 or str(out) in text
+    assert f"{record['loss']['loss']:.4f}" in text and 5 < record["loss"]["loss"] < 12
+    assert record["loss"]["samples"] == record["exact_match"]["count"] == record["choice"]["count"] == 24
+    assert record["choice"]["chance"] == 0.5 and len(record["exact_match"]["answers"]) == 24
+    assert "multiple choice, acc" in text and "exact match" in text
+
+
+def test_a_run_is_evaluated_at_its_newest_checkpoint(experiment, full_run, lora_run, tmp_path):
+    """Full and LoRA runs load through their run folder and differ from their base."""
+    losses = []
+    for flags in ([], ["--checkpoint", full_run], ["--checkpoint", lora_run]):
+        run(["--config", experiment, "--tasks", "loss", "--out", str(tmp_path / "x.json"), *flags])
+        losses.append(json.loads((tmp_path / "x.json").read_text())["loss"]["loss"])
+    assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--tasks", "los"], "task 'los'"),
+        (["--rule", "numbers"], "did you mean 'number'"),
+        (["--choice-form", "x"], "--choice-form 'x'"),
+        (["--checkpoint", "no/such/folder/here"], "no/such/folder/here"),
+        (["--out", "no/such/folder/x.json"], "its folder does not exist"),
+    ],
+)
+def test_bad_flags_are_one_line(experiment, flags, said):
+    """Each names the flag or the value, before anything is loaded."""
+    with pytest.raises(QtjaxError, match=said) as caught:
+        run(["--config", experiment, *flags])
+    assert "\n" not in str(caught.value)
