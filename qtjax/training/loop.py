@@ -6,7 +6,7 @@ Owns clocks, files and logs; everything numeric is in step.py. One call of `step
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -26,21 +26,6 @@ from qtjax.tree import Tree
 
 # Where a step's seconds go.
 CLOCKS = ("score", "pack", "train")
-
-
-@dataclass
-class Totals:
-    """Sums over all steps so far; they travel in the checkpoint. Seconds by clock, counts of samples and tokens."""
-
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CLOCKS, 0.0))
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, metrics: dict[str, Any]) -> None:
-        for clock in CLOCKS:
-            self.seconds[clock] += metrics[f"seconds_{clock}"]
-        for name, value in metrics.items():
-            if isinstance(value, int) and name not in ("step", "epoch"):
-                self.counts[name] = self.counts.get(name, 0) + value
 
 
 @dataclass(frozen=True)
@@ -76,7 +61,6 @@ class Loop:
         self.prunes = config.prune.sample_pruner != "none"
         self.samples = self._padded(plan.batch_size // plan.process_count)
         self.key = jax.random.key(config.train.seed)
-        self.totals = Totals()
         self._thread = ThreadPoolExecutor(1)
         self._next: tuple[int, Future] | None = None
 
@@ -166,7 +150,6 @@ class Loop:
         metrics |= {"learning_rate": float(self.schedule(step)), "grad_norm": norm, "skipped": int(not targets)}
         metrics |= self._count(prepared, decision, tokens, parts, targets)
         metrics |= {f"seconds_{name}": clock.seconds[name] for name in CLOCKS}
-        self.totals.add(metrics)
         if decision is not None:
             columns = self._records(prepared.batch, decision, tokens, metrics["epoch"])
         return metrics, columns

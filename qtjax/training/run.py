@@ -23,7 +23,7 @@ from qtjax.errors import QtjaxError
 from qtjax.parallel import batch_size, make_mesh
 from qtjax.report.progress import TrainingProgress
 from qtjax.training.ladder import ladder
-from qtjax.training.loop import CLOCKS, Loop, Totals
+from qtjax.training.loop import Loop
 from qtjax.training.optimizer import learning_rate_schedule
 from qtjax.training.programs import Programs
 from qtjax.training.run_folder import RunFolder
@@ -124,7 +124,6 @@ def _resume(loop: Loop, checkpoints: RunState, folder: RunFolder, dataset: Token
             " data back, or choose another run.folder"
         )
     loop.state = from_checkpoint(loop.state, found.state)
-    loop.totals = Totals(**found.meta["totals"])
     folder.cut_back(found.step)
     console.print(f"resume  from step {found.step}", highlight=False)
     return found.step
@@ -146,9 +145,7 @@ def train_steps(session: Session, folder: RunFolder, *, quiet: bool = False) -> 
             progress.update(session.step, metrics)
             if session.step % every == 0 or session.step == last or stop:
                 folder.flush()  # records first: a checkpoint never claims a step that they lack
-                totals = {"seconds": dict(loop.totals.seconds), "counts": dict(loop.totals.counts)}
-                meta = {"totals": totals, "data": print_of}
-                session.checkpoints.save(session.step, checkpoint_tree(loop.state), meta)
+                session.checkpoints.save(session.step, checkpoint_tree(loop.state), {"data": print_of})
                 saved = session.step
             if stop:
                 session.checkpoints.wait()
@@ -177,4 +174,4 @@ def _stop_requested() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-__all__ = ["CLOCKS", "Interrupted", "Session", "fingerprint", "open_session", "total_steps", "train_steps"]
+__all__ = ["Interrupted", "Session", "fingerprint", "open_session", "total_steps", "train_steps"]
