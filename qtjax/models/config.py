@@ -78,11 +78,23 @@ class ModelConfig:
         activation = raw.get("hidden_act", "silu")
         if activation not in ACTIVATIONS:
             raise QtjaxError(f"{where}: hidden_act {activation!r} is not supported, known: {', '.join(ACTIVATIONS)}")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        optional = ("num_key_value_heads", "head_dim", "sliding_window", "max_position_embeddings")
+        for name in (*sizes, *(k for k in optional if raw.get(k) is not None)):
+            if type(raw[name]) is not int or raw[name] < 1:
+                raise QtjaxError(f"{where}: {name} = {raw[name]!r}: must be an integer above 0")
         heads = raw["num_attention_heads"]
         eos = raw.get("eos_token_id")
         theta, scaling = _rope(raw, where)
         mistral = model_type == "mistral"
-        return ModelConfig(
+        window = raw.get("sliding_window", 4096) if mistral else None
+        kinds = set(raw.get("layer_types") or ())
+        if kinds - {"sliding_attention" if window else "full_attention"}:
+            raise QtjaxError(
+                f"{where}: layer_types mixes or contradicts sliding_window = {window}: {', '.join(sorted(kinds))};"
+                " one kind of attention for all layers is supported"
+            )
+        config = ModelConfig(
             model_type=model_type,
             vocab_size=raw["vocab_size"],
             hidden_size=raw["hidden_size"],
@@ -96,7 +108,7 @@ class ModelConfig:
             rope_theta=theta,
             rope_scaling=scaling,
             max_position_embeddings=raw.get("max_position_embeddings", 131072 if mistral else 2048),
-            sliding_window=raw.get("sliding_window", 4096) if mistral else None,
+            sliding_window=window,
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             attention_bias=raw.get("attention_bias", False) and not mistral,
             mlp_bias=raw.get("mlp_bias", False) and not mistral,
@@ -105,6 +117,13 @@ class ModelConfig:
             eos_token_id=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
             pad_token_id=raw.get("pad_token_id"),
         )
+        if heads % config.num_key_value_heads:
+            raise QtjaxError(
+                f"{where}: num_key_value_heads = {config.num_key_value_heads}: must divide num_attention_heads = {heads}"
+            )
+        if config.head_dim % 2:
+            raise QtjaxError(f"{where}: head_dim = {config.head_dim}: must be even, rotary positions turn pairs")
+        return config
 
     def to_hf(self) -> dict[str, Any]:
         """A config.json that transformers 4 and 5 both read."""
@@ -147,21 +166,32 @@ class ModelConfig:
 
 
 def _rope(raw: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    parameters = dict(raw.get("rope_parameters") or {})
-    scaling = dict(raw.get("rope_scaling") or {})
+    field = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    parameters, scaling = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    if not isinstance(parameters, dict) or not isinstance(scaling, dict):
+        raise QtjaxError(f"{where}: {field} must be an object with rope_type, or null")
     merged = scaling | parameters
-    theta = float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    theta = float(parameters.get("rope_theta", raw.get("rope_theta") or 10000.0))
+    if merged.get("partial_rotary_factor", raw.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise QtjaxError(f"{where}: partial_rotary_factor other than 1 is not supported")
     kind = merged.get("rope_type", merged.get("type", "default"))
     if kind == "default":
         return theta, None
+    needed = {
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+    if kind not in needed:
+        raise QtjaxError(f"{where}: {field}: rope_type {kind!r} is not supported, known: default, {', '.join(needed)}")
+    absent = [name for name in needed[kind] if name not in merged]
+    if absent:
+        raise QtjaxError(f"{where}: {field}: rope_type {kind!r} needs {', '.join(absent)}")
     if kind == "linear":
         return theta, RopeScaling("linear", float(merged["factor"]))
-    if kind == "llama3":
-        return theta, RopeScaling(
-            "llama3",
-            float(merged["factor"]),
-            float(merged["low_freq_factor"]),
-            float(merged["high_freq_factor"]),
-            int(merged["original_max_position_embeddings"]),
-        )
-    raise QtjaxError(f"{where}: rope type {kind!r} is not supported, known: default, linear, llama3")
+    return theta, RopeScaling(
+        "llama3",
+        float(merged["factor"]),
+        float(merged["low_freq_factor"]),
+        float(merged["high_freq_factor"]),
+        int(merged["original_max_position_embeddings"]),
+    )

@@ -6,13 +6,21 @@ import numpy as np
 import pytest
 
 from qtjax.checkpoints import load_pretrained
-from qtjax.models import ModelConfig, apply, generate, init_params
+from qtjax.models import ModelConfig, abstract_params, apply, generate
 from qtjax.models.generate import _sample
+from qtjax.tree import flatten, unflatten
 
 TINY = ModelConfig(
     vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, initializer_range=0.3, rope_theta=1000.0,
+    num_key_value_heads=2, head_dim=8, rope_theta=1000.0,
 )  # fmt: skip
+
+
+def params_of(config: ModelConfig) -> dict:
+    """Random weights from numpy: drawing them on the device would cost seconds of compilation per test."""
+    rng = np.random.default_rng(0)
+    flat = flatten(abstract_params(config))
+    return unflatten({p: jnp.asarray(rng.normal("norm" in p, 0.3, s.shape), s.dtype) for p, s in flat.items()})
 
 
 def left_padded(vocab: int, lengths: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +92,7 @@ def test_cached_equals_uncached():
     """Token by token with the cache = argmax of a full forward pass over everything so far, for both attention kinds."""
     step = jax.jit(apply, static_argnums=0)
     for config in (TINY, TINY.replace(model_type="mistral", sliding_window=4)):
-        params = init_params(config, jax.random.key(1))
+        params = params_of(config)
         ids, mask = left_padded(config.vocab_size, (6, 3))
         ours = np.asarray(generate(config, params, ids, mask, max_new_tokens=8, eos_token_id=()))
         width = ids.shape[1]
@@ -99,7 +107,7 @@ def test_cached_equals_uncached():
 
 def test_batch_rows_are_independent():
     """A row's continuation is the same alone and beside longer prompts (left padding has no influence)."""
-    params = init_params(TINY, jax.random.key(1))
+    params = params_of(TINY)
     ids, mask = left_padded(TINY.vocab_size, (9, 4))
     both = np.asarray(generate(TINY, params, ids, mask, max_new_tokens=10, eos_token_id=()))
     alone = np.asarray(generate(TINY, params, ids[1:, 5:], mask[1:, 5:], max_new_tokens=10, eos_token_id=()))
@@ -108,7 +116,7 @@ def test_batch_rows_are_independent():
 
 def test_sampling_is_a_function_of_the_key():
     """The same key gives the same text, another key another, temperature 0 the greedy one whatever the key."""
-    params = init_params(TINY, jax.random.key(1))
+    params = params_of(TINY)
     ids, mask = left_padded(TINY.vocab_size, (5, 5, 5))
 
     def draw(seed, temperature=1.0, top_p=1.0):
@@ -154,7 +162,7 @@ def test_nothing_compiles_per_token_or_per_prompt():
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
-    params = init_params(TINY, jax.random.key(1))
+    params = params_of(TINY)
 
     def draw(seed, lengths, **knobs):
         ids, mask = left_padded(TINY.vocab_size, lengths, seed)
