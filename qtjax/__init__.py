@@ -1,7 +1,7 @@
 """qtjax: supervised fine-tuning in JAX with joint sample and token pruning (Q-Tuning, arXiv 2509.23873)."""
 
 from qtjax.checkpoints import adapter_state_dict, load_adapter, load_pretrained, save_adapter, save_pretrained
-from qtjax.models import ModelConfig, apply, generate
+from qtjax.models import ModelConfig, apply
 from qtjax.overlays import Overlay, init_overlay, merge
 from qtjax.pruning import select_samples, select_tokens
 from qtjax.scoring import EUScores
@@ -14,7 +14,6 @@ __all__ = [
     "adapter_state_dict",
     "apply",
     "eu_scores",
-    "generate",
     "init_overlay",
     "load_adapter",
     "load_pretrained",

@@ -1,6 +1,7 @@
 """python -m qtjax.evaluate --config configs/smol.py: held-out loss, exact match, multiple choice of a model or a run."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,8 +60,17 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
         record |= {task: result.summary() for task, result in results.items()}
         if held_out.prompts is not None:
             record["exact_match"] |= {"skipped": held_out.skipped, "answers": [a._asdict() for a in results["exact_match"].answers]}
-        write_atomic(own["out"], json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(own["out"], json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         console.print(f"written: {own['out']}", highlight=False, soft_wrap=True)
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity become null: JSON has none."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def results_table(results: dict[str, Any], name: str) -> Table:
