@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from qtjax.errors import QtjaxError, near_names
 from qtjax.pruning.budget import budget_table
@@ -57,8 +58,11 @@ def _unit_range(values_B: jax.Array, eligible_B: jax.Array) -> jax.Array:
     """Min-max normalised over the eligible samples, 0..1; 0.5 where the range is zero."""
     low = jnp.min(jnp.where(eligible_B, values_B, jnp.inf), initial=jnp.inf)
     high = jnp.max(jnp.where(eligible_B, values_B, -jnp.inf), initial=-jnp.inf)
-    width = high - low
-    return jnp.where(width > 0, (values_B - low) / jnp.where(width > 0, width, 1.0), 0.5)
+    width = jnp.broadcast_to(high - low, values_B.shape)
+    # Behind the barrier XLA cannot turn the division into a product with 1/width, which is one bit off now and then:
+    # the largest value must come out as exactly 1, or samples that tie on the diagonal are ranked by rounding.
+    divisor = lax.optimization_barrier(jnp.where(width > 0, width, 1.0))
+    return jnp.where(width > 0, (values_B - low) / divisor, 0.5)
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "supplement"))

@@ -122,7 +122,7 @@ def head_loss(
 
     Reverse-mode differentiable once in hidden, kernel and weights: the gradients are formed in the forward pass while
     each chunk's logits exist (three matmuls in all, two when the kernel is not differentiated), so jvp and second
-    derivatives are not available.
+    derivatives are not available. Keep it outside jax.checkpoint: there is nothing left to save, and all would run twice.
 
     Args:
       hidden: [B, L, D] any float dtype; slot (b, l) is the state that predicts labels[b, l] (the caller shifts).
