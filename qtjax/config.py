@@ -287,6 +287,7 @@ def load_config(
 
 
 def to_json(config: Config) -> str:
+    """The whole config, every field, as indented JSON."""
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 

@@ -49,6 +49,7 @@ def batch_size(mesh: Mesh) -> int:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
     return NamedSharding(mesh, P())
 
 
@@ -88,4 +89,5 @@ def rows_on_device(mesh: Mesh, arrays: dict[str, np.ndarray]) -> dict[str, jax.A
 
 
 def round_up(count: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `count`."""
     return math.ceil(count / multiple) * multiple

@@ -77,4 +77,5 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, trainable: Tree
 
 
 def count_parameters(tree: Tree) -> int:
+    """Number of values in all leaves."""
     return sum(int(leaf.size) for leaf in flatten(tree).values())

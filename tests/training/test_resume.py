@@ -1,0 +1,201 @@
+"""A run that was stopped, anywhere and anyhow, ends as if it never had been."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from qtjax.checkpoints.run_state import RunState
+from qtjax.config import to_json
+from qtjax.errors import QtjaxError
+from qtjax.records.samples import read_samples
+from qtjax.training import story
+from qtjax.training.loop import Loop
+from qtjax.training.restore import load_run
+from qtjax.training.run_folder import read_metrics
+from qtjax.tree import flatten
+
+QUIET = Console(quiet=True)
+FAST = {"data.eval_fraction": 0.0, "run.tensorboard": True}
+
+
+class Crash(Exception):
+    """Stands for a power cut: nothing after it runs."""
+
+
+def trail(folder) -> tuple[list[dict], list, dict[str, np.ndarray]]:
+    """What must not depend on interruptions: metrics without clocks, EU records, final parameters."""
+    metrics = [{k: v for k, v in m.items() if k != "time" and not k.startswith("seconds_")} for m in read_metrics(folder)]
+    records = read_samples(Path(folder) / "eu").to_pylist()
+    _, _, params, _ = load_run(folder)
+    return metrics, records, {p: np.asarray(leaf) for p, leaf in flatten(params).items()}
+
+
+def assert_same(folder, reference) -> None:
+    """Bitwise equal parameters, equal metrics and records, each step once."""
+    (metrics, records, params), (metrics_r, records_r, params_r) = trail(folder), reference
+    assert [m["step"] for m in metrics] == list(range(1, len(metrics_r) + 1))
+    assert metrics == metrics_r
+    assert repr(records) == repr(records_r)  # repr: NaN equals itself
+    for path in params_r:
+        np.testing.assert_array_equal(params[path], params_r[path], err_msg=path)
+
+
+def test_a_crashed_run_ends_bitwise_like_one_never_interrupted(tiny_config, tmp_path, monkeypatch):
+    """Crashes between checkpoints, twice: the restarted run repeats the lost steps with the same data and decisions."""
+    whole = tiny_config(**FAST, **{"run.folder": str(tmp_path / "whole")})
+    story.run(whole, QUIET, quiet=True)
+    reference = trail(whole.run.folder)
+    broken = tiny_config(**FAST, **{"run.folder": str(tmp_path / "broken")})
+    true_step = Loop.step
+    for crash_at in (1, 4):  # before the first checkpoint (step 3) and after it
+
+        def step(self, number, last, crash_at=crash_at):
+            if number == crash_at:
+                raise Crash
+            return true_step(self, number, last)
+
+        monkeypatch.setattr(Loop, "step", step)
+        with pytest.raises(Crash):
+            story.run(broken, QUIET, quiet=True)
+    monkeypatch.setattr(Loop, "step", true_step)
+    summary = story.run(broken, QUIET, quiet=True)
+    assert_same(broken.run.folder, reference)
+    assert summary["steps"] == len(reference[0])
+
+    # a finished run started again does not train: it returns its summary
+    monkeypatch.setattr(Loop, "step", lambda *_: pytest.fail("a finished run trained again"))
+    assert story.run(broken, QUIET, quiet=True)["steps"] == summary["steps"]
+
+    # another config on the same folder is refused by the fields that differ
+    other = tiny_config(**FAST, **{"run.folder": broken.run.folder, "train.learning_rate": 0.5})
+    with pytest.raises(QtjaxError, match="train.learning_rate"):
+        story.run(other, QUIET, quiet=True)
+
+
+def test_a_damaged_checkpoint_is_skipped_and_other_data_is_refused(tiny_config, tmp_path, monkeypatch):
+    """A truncated or empty newest checkpoint falls back to the one before it; changed data is an error, not a mix."""
+    config = tiny_config(**FAST, **{"train.checkpoint_every": 2})
+    true_step = Loop.step
+
+    def step(self, number, last):
+        if number == 5:
+            raise Crash
+        return true_step(self, number, last)
+
+    monkeypatch.setattr(Loop, "step", step)
+    with pytest.raises(Crash):
+        story.run(config, QUIET, quiet=True)
+    monkeypatch.setattr(Loop, "step", true_step)
+    checkpoints = Path(config.run.folder) / "checkpoints"
+    assert sorted(p.name for p in checkpoints.iterdir() if p.name.isdigit()) == ["2", "4"]
+    for file in (checkpoints / "4").rglob("*"):
+        if file.is_file() and file.stat().st_size > 200:
+            os.truncate(file, file.stat().st_size // 3)
+    (checkpoints / "9").mkdir()  # an empty folder that looks like a later step
+
+    rows = Path(config.data.path).read_text().splitlines()
+    changed = tmp_path / "rows.jsonl"
+    changed.write_text("\n".join(rows[:-1] + [rows[-1].replace("say", "SAY")]) + "\n")
+    original = Path(config.data.path)
+    kept = original.read_bytes()
+    shutil.copy(changed, original)
+    try:
+        with pytest.raises(QtjaxError, match="other samples"):
+            story.run(config, QUIET, quiet=True)
+    finally:
+        original.write_bytes(kept)
+
+    lines = Console(record=True, file=open(os.devnull, "w"), width=200)
+    story.run(config, lines, quiet=True)
+    said = lines.export_text()
+    assert "from step 2" in said and "9" in said and "4" in said
+    whole = tiny_config(**FAST, **{"train.checkpoint_every": 2, "run.folder": str(tmp_path / "whole")})
+    story.run(whole, QUIET, quiet=True)
+    assert_same(config.run.folder, trail(whole.run.folder))
+
+
+def test_a_disk_that_is_full_says_so_and_keeps_older_checkpoints(tmp_path, monkeypatch):
+    """A save that the disk refuses is one line; the checkpoint before it can still be restored."""
+    state = RunState(tmp_path / "checkpoints")
+    tree = {"a": jax.numpy.arange(4.0)}
+    state.save(1, tree, {"n": 1})
+    state.wait()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state._manager, "save", full)
+    with pytest.raises(QtjaxError, match="No space left"):
+        state.save(2, tree, {"n": 2})
+    monkeypatch.undo()
+    found = state.restore(tree)
+    assert found.step == 1 and found.meta == {"n": 1}
+    np.testing.assert_array_equal(found.state["a"], tree["a"])
+    state.close()
+
+
+def _start(config_file: Path, folder: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "qtjax.train", "--config", str(config_file), "--run.folder", str(folder), "--quiet"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _finish(config_file: Path, folder: Path) -> None:
+    process = _start(config_file, folder)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+
+
+def _wait_for(process: subprocess.Popen, happened, timeout: float = 600) -> None:
+    deadline = time.time() + timeout
+    while not happened():
+        assert process.poll() is None, f"ended before it could be killed: {process.stderr.read()}"
+        assert time.time() < deadline
+        time.sleep(0.002)
+
+
+def _lines(folder: Path) -> int:
+    file = folder / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+@pytest.mark.slow
+def test_sigkill_at_several_moments_changes_nothing(tiny_config, tmp_path):
+    """SIGKILL after the first step, while a checkpoint is being written, late in the run, and SIGTERM: same ending."""
+    config_file = tmp_path / "config.py"
+    config = tiny_config(**FAST, **{"run.compile_cache": str(tmp_path / "cache"), "train.epochs": 4.0})
+    config_file.write_text(
+        f"from qtjax.config import from_json\ndef get_config():\n    return from_json('''{to_json(config)}''')\n"
+    )
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    _finish(config_file, whole)
+    saving = broken / "checkpoints"
+    moments = {
+        "after step 1": lambda: _lines(broken) >= 1,
+        "while saving": lambda: saving.exists() and any("tmp" in p.name for p in saving.iterdir()),
+        "after step 7": lambda: _lines(broken) >= 7,
+    }
+    for happened in moments.values():
+        process = _start(config_file, broken)
+        _wait_for(process, happened)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    process = _start(config_file, broken)
+    _wait_for(process, lambda: _lines(broken) >= 9)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 130 and "continues" in err
+    _finish(config_file, broken)
+    assert_same(broken, trail(whole))
+    assert json.loads((broken / "summary.json").read_text())["steps"] == 12
+    assert sum(pq.read_metadata(f).num_rows for f in (broken / "eu").glob("*.parquet")) == 4 * 60
