@@ -68,11 +68,9 @@ class BatchPlan:
 def hold_out(count: int, fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(training, held-out) indices, int64, both ascending, disjoint, together all of 0..count-1.
 
-    round(fraction * count) are held out, at least one and never all when 0 < fraction and count > 1. Drawn by `seed` from another
+    round(fraction * count) are held out: at least one when 0 < fraction, and never the last one left to train on. Drawn by `seed` from another
     stream than the epochs' orders.
     """
-    held = int(round(fraction * count))
-    if fraction > 0 and count > 1:
-        held = min(max(held, 1), count - 1)
+    held = min(max(round(fraction * count), int(fraction > 0)), max(count - 1, 0))
     order = permutation(count, seed, 2**63)
     return np.sort(order[held:]), np.sort(order[:held])

@@ -49,7 +49,7 @@ _SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_heade
 @pytest.fixture(scope="session")
 def tokenizer():
     """Byte-level BPE of about 330 tokens; every text round-trips, chat markers are single tokens, no template of its own."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -59,6 +59,8 @@ def tokenizer():
         vocab_size=330, special_tokens=_SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     bpe.train_from_iterator(["hello there how are you today the answer is four fine thanks user assistant system"] * 4, trainer)
+    # Like LLaMA's: asked for special tokens it adds BOS, so that a second one would show.
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
