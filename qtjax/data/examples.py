@@ -41,9 +41,9 @@ class Example:
     text: str = ""
 
     @property
-    def characters(self) -> int:
-        """Characters of text, before any template."""
-        return len(self.prompt) + len(self.completion) + len(self.text) + sum(len(m["content"]) for m in self.messages)
+    def texts(self) -> list[str]:
+        """Everything said in it, before any template."""
+        return [self.prompt, self.completion, self.text, *(m["content"] for m in self.messages)]
 
     def as_messages(self, system_prompt: str = "") -> "Example":
         """The conversation: a pair becomes a user and an assistant turn, `system_prompt` opens one that has no system message."""

@@ -45,7 +45,12 @@ def tokenize(tokenizer: Any, rows: Rows, data: DataSection, *, progress: bool = 
     skipped: Counter[str] = Counter()
 
     def encode(items: list[tuple[int, Example]]) -> None:
-        encoded = encoder.encode([e for _, e in items], [rows.where(i) for i, _ in items])
+        try:
+            encoded = encoder.encode([e for _, e in items], [rows.where(i) for i, _ in items])
+        except TypeError:
+            for i, example in items:
+                _refuse_broken_text(example, rows.where(i))
+            raise
         for (i, _), result in zip(items, encoded, strict=True):
             if isinstance(result, Skip):
                 skipped[result.reason] += 1
@@ -62,7 +67,7 @@ def tokenize(tokenizer: Any, rows: Rows, data: DataSection, *, progress: bool = 
                 skipped[example.reason] += 1
             else:
                 items.append((i, example))
-                characters += example.characters
+                characters += sum(map(len, example.texts))
             if i + 1 - begun == CHUNK_ROWS or characters > CHUNK_CHARACTERS or i + 1 == len(rows):
                 encode(items)
                 bar.advance(i + 1 - begun)
@@ -114,6 +119,15 @@ def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     if not texts:
         return []
     return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _refuse_broken_text(example: Example, where: str) -> None:
+    """JSON can spell half of a surrogate pair (\\ud800), which is no text; tokenizers refuse a whole batch for it without saying where."""
+    for text in example.texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise QtjaxError(f"{where}: holds {text[error.start]!r}, half of a character, which is no text; mend or drop the row") from None
 
 
 def _refuse_conversation(example: Example, where: str) -> None:

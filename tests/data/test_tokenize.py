@@ -106,6 +106,14 @@ def test_an_unreadable_row_is_named(tokenizer):
         tokenize(tokenizer, rows, DataSection())
 
 
+def test_half_a_character_is_named(tokenizer):
+    """Text that is no Unicode (JSON can spell a lone surrogate) is an error naming its row, not the tokenizer's."""
+    for row in ({"prompt": "a", "completion": "\ud800b"}, {"text": "\udc00"}):
+        good = {key: "x" for key in row}
+        with pytest.raises(QtjaxError, match=r"f row 1: holds '.ud\w00', half of a character"):
+            tokenize(tokenizer, from_objects("f", [good, row]), DataSection())
+
+
 def test_vocabulary_mismatch(tokenizer):
     """A token id at or above the model's vocab_size is an error; with ids given, only those that occur count."""
     size = len(tokenizer)
