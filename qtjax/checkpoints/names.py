@@ -52,7 +52,7 @@ def tree_module(name: str) -> tuple[str, int | None] | None:
     found = _LAYER.match(name)
     layer = int(found[1]) if found else None
     path = _TO_TREE.get(_LAYER.sub("model.layers.{i}.", name))
-    return None if path is None else (path, layer)
+    return None if path is None or path.startswith("layers/") != (layer is not None) else (path, layer)
 
 
 def hf_name(path: str, layer: int | None = None) -> str:
