@@ -17,7 +17,7 @@ from qtjax.smol.lessons import lesson
 
 CHARACTERS_PER_TOKEN = {"books": 3.0, "lessons": 3.0}  # measured with smol's tokenizer, rounded down
 DOCUMENT_CHARACTERS = 600  # about 200 tokens, so that a document fits 256
-BOOKS_PERCENT = 35
+BOOKS_PERCENT = 25
 LAST_YEAR = 1900  # published so long ago that the authors' terms of life + 70 years have ended nearly everywhere
 
 

@@ -122,10 +122,11 @@ def _position(draw: Draw) -> Item:
     items = draw.sample(words.WORDS, draw.between(3, 4))
     which, right = ("first", items[0]) if draw.chance(50) else ("last", items[-1])
     wrong, listed = _other(draw, items, right), ", ".join(items)
-    ask = draw.pick(("Here is a list: {l}. What is the {w} word?", "What is the {w} word of this list? {l}.", "List: {l}. Say the {w} word."))
-    return Item(
-        listed, ask.format(l=listed, w=which), f"The {which} word is {right}.", right, f"The {which} word is {wrong}.", wrong
-    )  # fmt: skip
+    ask = draw.pick(
+        ("Here is a list: {l}. What is the {w} word?", "What is the {w} word of this list? {l}.", "List: {l}. Say the {w} word.")
+    )
+    prompt = ask.format(l=listed, w=which)
+    return Item(listed, prompt, f"The {which} word is {right}.", right, f"The {which} word is {wrong}.", wrong)
 
 
 def _yesno(draw: Draw) -> Item:

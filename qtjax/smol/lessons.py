@@ -15,6 +15,7 @@ _OPPOSITES = words.opposite_facts()
 _CATEGORIES = words.category_facts()
 _COLOURS = words.colour_facts()
 _NEXT = words.order_facts()
+_SINGABLE = (*words.WORDS, *words.GOODS, *words.PLACES, *words.NAMES, *(a for a, _ in _OPPOSITES + _CATEGORIES + _COLOURS))
 
 
 def _cap(text: str) -> str:
@@ -34,7 +35,8 @@ def _opposite(draw: Draw) -> str:
             f"The opposite of {a} is {b}, and the opposite of {b} is {a}.",
             f"What is not {a} may be {b}.",
             f"{_cap(a)} and {b} are opposites.",
-            f"Opposites: {a} and {b}.",
+            f"Do you know the opposite of {a}? The opposite of {a} is {b}.",
+            f"And the opposite of {a}? The opposite of {a} is {b}.",
             f"The opposite of {a}? {_cap(b)}.",
         )
     )
@@ -48,7 +50,8 @@ def _category(draw: Draw) -> str:
             f"{_cap(_a(m))} is {_a(kind)}.",
             f"{_cap(_a(m))} is {_a(kind)}.",
             f"{_cap(_a(m))} is one kind of {kind}.",
-            f"Is {_a(m)} {_a(kind)}? Yes, {_a(m)} is {_a(kind)}.",
+            f"And {_a(m)}? {_cap(_a(m))} is {_a(kind)}.",
+            f"Do you know what {_a(m)} is? {_cap(_a(m))} is {_a(kind)}.",
             f"{_cap(kind)}: {', '.join(others)}.",
             f"{_cap(_a(m))} and {_a(others[0] if others[0] != m else others[1])}: each is {_a(kind)}.",
         )
@@ -62,7 +65,8 @@ def _colour(draw: Draw) -> str:
             f"The colour of {thing} is {colour}.",
             f"The colour of {thing} is {colour}.",
             f"{_cap(thing)} is {colour}.",
-            f"As {colour} as {thing}.",
+            f"And the colour of {thing}? The colour of {thing} is {colour}.",
+            f"Do you know {thing}? The colour of {thing} is {colour}.",
             f"{_cap(colour)} is the colour of {thing}.",
             f"{_cap(colour)}: {', '.join(draw.sample(words.COLOURS[colour], 3))}.",
         )
@@ -77,7 +81,8 @@ def _next(draw: Draw) -> str:
             f"After {item} comes {then}.",
             f"After {item} comes {then}.",
             f"{_cap(then)} comes after {item}." if kind != "letter" else f"The {kind} {then} comes after {item}.",
-            f"First {item}, then {then}.",
+            f"And after {item}? After {item} comes {then}.",
+            f"Do you know the {kind} behind {item}? After {item} comes {then}.",
             _run(draw),
         )
     )
@@ -112,7 +117,8 @@ def _add(draw: Draw) -> str:
         (
             f"{a} plus {b} is {a + b}.",
             f"{a} plus {b} is {a + b}.",
-            f"{a} and {b} make {a + b}.",
+            f"And {a} with {b}? {a} plus {b} is {a + b}.",
+            f"Do you know {a} and {b}? {a} plus {b} is {a + b}.",
             f"{a} + {b} = {a + b}.",
             f"{name} had {a} {goods} and took {b} more. Now {name} has {a + b} {goods}.",
         )
@@ -170,6 +176,8 @@ def _list(draw: Draw) -> str:
         (
             f"The list was {listed}. {' '.join(ends)}",
             f"{_cap(listed)}. {ends[0]}",
+            f"What begins {listed}? The first word is {items[0]}.",
+            f"What ends {listed}? The last word is {items[-1]}.",
             f"{draw.pick(words.NAMES)} wrote {listed}. {' '.join(ends)}",
             f"{_cap(listed)}. It begins with {items[0]} and ends with {items[-1]}.",
         )
@@ -190,6 +198,12 @@ def _echo(draw: Draw) -> str:
     )
 
 
+def _chorus(draw: Draw) -> str:
+    """Random words sung again and again: the plainest case of copying from the context."""
+    line = " ".join(draw.sample(_SINGABLE, draw.between(3, 8)))
+    return f"{line} " * draw.between(2, 4) + line + "."
+
+
 def _recap(draw: Draw) -> str:
     """A fact and its key word again, as an answer repeats its evidence."""
     a, b = draw.pick(draw.pick((_OPPOSITES, _COLOURS, _CATEGORIES)))
@@ -197,18 +211,18 @@ def _recap(draw: Draw) -> str:
 
 
 TALKS: tuple[Callable[[Draw], str], ...] = (
-    _opposite, _category, _colour, _next, _compare, _add, _story, _places, _list, _echo, _recap,
+    _opposite, _category, _colour, _next, _compare, _add, _story, _places, _list, _echo, _recap, _chorus, _chorus,
 )  # fmt: skip
 
 
 def lesson(draw: Draw) -> str:
-    """One document: a few pieces of one kind or of mixed kinds, under 600 characters and under 256 of smol's tokens."""
+    """One document: a few pieces of one kind or of mixed kinds, under 450 characters and 256 of smol's tokens."""
     kind, size = draw.pick(TALKS), draw.between(150, 420)
     mixed = draw.chance(40)
     text = kind(draw)
     while len(text) < size:
         piece = (draw.pick(TALKS) if mixed else kind)(draw)
-        if len(text) + len(piece) > 520:
+        if len(text) + len(piece) > 430:
             break
         text += " " + piece
     return text
