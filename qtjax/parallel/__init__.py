@@ -1,6 +1,6 @@
 """Mesh, shardings and multi-host start-up."""
 
-from qtjax.parallel.hosts import agree_max, agree_sum, local_rows
+from qtjax.parallel.hosts import agree_max, agree_sums, all_rows, local_rows
 from qtjax.parallel.mesh import (
     AXES,
     BATCH_AXES,
@@ -18,7 +18,8 @@ __all__ = [
     "AXES",
     "BATCH_AXES",
     "agree_max",
-    "agree_sum",
+    "agree_sums",
+    "all_rows",
     "batch_sharding",
     "batch_size",
     "local_rows",

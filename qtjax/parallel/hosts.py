@@ -16,11 +16,19 @@ def agree_max(value: int) -> int:
     return int(np.max(multihost_utils.process_allgather(np.int64(value))))
 
 
-def agree_sum(value: int) -> int:
-    """The sum of all processes' values."""
+def agree_sums(values: dict[str, int]) -> dict[str, int]:
+    """Each entry summed over all processes."""
     if jax.process_count() == 1:
-        return value
-    return int(np.sum(multihost_utils.process_allgather(np.int64(value))))
+        return values
+    totals = multihost_utils.process_allgather(np.asarray(list(values.values()), np.int64)).sum(axis=0)
+    return dict(zip(values, totals.tolist()))
+
+
+def all_rows(array: np.ndarray) -> np.ndarray:
+    """The processes' rows one after the other, in the order in which they make up a sharded array."""
+    if jax.process_count() == 1:
+        return array
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def local_rows(mesh: Mesh, array: jax.Array) -> np.ndarray:

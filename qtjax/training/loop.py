@@ -17,7 +17,7 @@ from qtjax.config import Config
 from qtjax.data.dataset import TokenizedDataset
 from qtjax.data.iterate import BatchPlan
 from qtjax.errors import QtjaxError
-from qtjax.parallel import agree_sum, local_rows, replicated, rows_on_device
+from qtjax.parallel import agree_sums, all_rows, local_rows, replicated, rows_on_device
 from qtjax.training.batch import Microbatch, ScoringBatch, microbatches, read_batch, survivors, to_samples, whole_samples
 from qtjax.training.programs import Programs
 from qtjax.training.state import TrainState
@@ -132,7 +132,8 @@ class Loop:
         else:
             tokens = prepared.batch.targets
         parts = self.pack(survivors(prepared.batch, tokens, self.config.prune))
-        targets = agree_sum(int(tokens.sum()))
+        counts = agree_sums(_counts(prepared, tokens, parts))
+        targets = counts["kept_tokens"]
         clock.lap("pack")
         norm, loss = 0.0, 0.0
         if targets:
@@ -148,47 +149,20 @@ class Loop:
         clock.lap("train")
         metrics = {"step": step + 1, "epoch": step // self.plan.steps_per_epoch, "loss": loss}
         metrics |= {"learning_rate": float(self.schedule(step)), "grad_norm": norm, "skipped": int(not targets)}
-        metrics |= self._count(prepared, decision, tokens, parts, targets)
+        metrics |= counts | _choices(decision, counts)
+        metrics["fill"] = counts["trained_tokens"] / counts["trained_slots"] if counts["trained_slots"] else 0.0
         metrics |= {f"seconds_{name}": clock.seconds[name] for name in CLOCKS}
         if decision is not None:
-            columns = self._records(prepared.batch, decision, tokens, metrics["epoch"])
+            columns = self._records(prepared.batch, decision, metrics["epoch"])
         return metrics, columns
 
-    def _count(self, prepared: Prepared, decision: Decision | None, tokens, parts, targets: int) -> dict[str, Any]:
-        batch = prepared.batch
-        out: dict[str, Any] = {"samples": int(batch.valid.sum()), "target_tokens": int(batch.targets.sum())}
-        if decision is not None:
-            d = Decision(*[None if f == "tokens" else np.asarray(v) for f, v in zip(Decision._fields, decision)])
-            picked = d.keep & ~d.supplement
-            out |= {"eligible": int((d.median_quadrant > 0).sum()), "kept_samples": int(d.keep.sum())}
-            out |= {f"kept_q{q}": int((picked & (d.quadrant == q)).sum()) for q in (2, 3, 4)}
-            out["supplement"] = int(d.supplement.sum())
-            out |= {f"supplement_median_q{q}": int((d.supplement & (d.median_quadrant == q)).sum()) for q in (1, 2, 3, 4)}
-            out |= {"level": _finite(d.level), "spearman": _finite(d.spearman)}
-        else:
-            out |= {"eligible": out["samples"], "kept_samples": int(tokens.any(axis=1).sum())}
-        kept = tokens.any(axis=1)
-        closing = batch.closing & batch.targets & kept[:, None]
-        slots = sum(part.sample.size for part in parts)
-        filled = sum(part.tokens for part in parts)
-        return out | {
-            "kept_tokens": targets,
-            "closing_tokens": int(closing.sum()),
-            "closing_pruned": int((closing & ~tokens).sum()),
-            "scored_tokens": sum(part.tokens for part in prepared.scoring),
-            "trained_tokens": filled,
-            "trained_slots": slots,
-            "fill": filled / slots if slots else 0.0,
-        }
-
-    def _records(self, batch: ScoringBatch, decision: Decision, tokens: np.ndarray, epoch: int) -> dict[str, np.ndarray]:
+    def _records(self, batch: ScoringBatch, decision: Decision, epoch: int) -> dict[str, Any]:
+        """EU record columns of the global batch, padding as row -1."""
         rows = np.where(batch.valid, self.dataset.row_index[np.maximum(batch.indices, 0)], -1)
-        first = jax.process_index() * len(rows)
-        own = {
-            name: np.asarray(getattr(decision, name))[first : first + len(rows)]
-            for name in ("perplexity", "entropy", "count", "quadrant", "median_quadrant", "keep", "supplement")
-        }
-        return {"epoch": epoch, "row": rows, **own, "kept_tokens": tokens.sum(axis=1)}
+        names = (
+            "perplexity", "entropy", "count", "quadrant", "median_quadrant", "keep", "supplement", "kept_tokens",
+        )  # fmt: skip
+        return {"epoch": epoch, "row": all_rows(rows)} | {n: np.asarray(getattr(decision, n)) for n in names}
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
@@ -203,6 +177,38 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[name] += now - self._at
         self._at = now
+
+
+def _counts(prepared: Prepared, tokens: np.ndarray, parts: list[Microbatch]) -> dict[str, int]:
+    """What this process counts in a step: samples, targets, closing tokens of kept samples, tokens and slots launched."""
+    batch, kept = prepared.batch, tokens.any(axis=1)
+    closing = batch.closing & batch.targets & kept[:, None]
+    return {
+        "samples": int(batch.valid.sum()),
+        "kept_samples": int(kept.sum()),
+        "target_tokens": int(batch.targets.sum()),
+        "kept_tokens": int(tokens.sum()),
+        "closing_tokens": int(closing.sum()),
+        "closing_pruned": int((closing & ~tokens).sum()),
+        "scored_tokens": sum(part.tokens for part in prepared.scoring),
+        "trained_tokens": sum(part.tokens for part in parts),
+        "trained_slots": sum(part.sample.size for part in parts),
+    }
+
+
+def _choices(decision: Decision | None, counts: dict[str, int]) -> dict[str, Any]:
+    """What stage 1 chose over the global batch: eligible, kept per quadrant, supplement by median quadrant."""
+    if decision is None:
+        return {"eligible": counts["samples"]}
+    keep, supplement, quadrant, median = (
+        np.asarray(x) for x in (decision.keep, decision.supplement, decision.quadrant, decision.median_quadrant)
+    )
+    placed = keep & ~supplement
+    out: dict[str, Any] = {"eligible": int((median > 0).sum()), "kept_samples": int(keep.sum())}
+    out |= {f"kept_q{q}": int((placed & (quadrant == q)).sum()) for q in (2, 3, 4)}
+    out["supplement"] = int(supplement.sum())
+    out |= {f"supplement_median_q{q}": int((supplement & (median == q)).sum()) for q in (1, 2, 3, 4)}
+    return out | {"level": _finite(decision.level), "spearman": _finite(decision.spearman)}
 
 
 def _finite(value: Any) -> float | None:

@@ -27,7 +27,8 @@ class Decision(NamedTuple):
     """Stage 1 and 2 for one scoring batch; per-sample arrays [N], `tokens` bool [N, T], scalars.
 
     perplexity, entropy (nats), count (targets); keep, quadrant (0, 2, 3, 4), median_quadrant (0..4), supplement;
-    tokens: the targets that stay in the loss (none of a dropped sample); level (0-1) and spearman (-1..1).
+    tokens: the targets that stay in the loss (none of a dropped sample), kept_tokens their number; level (0-1) and
+    spearman (-1..1).
     """
 
     perplexity: Array
@@ -38,6 +39,7 @@ class Decision(NamedTuple):
     median_quadrant: Array
     supplement: Array
     tokens: Array
+    kept_tokens: Array
     level: Array
     spearman: Array
 
@@ -63,7 +65,7 @@ def decide(
         tokens &= chosen | (choice.quadrant != 2)[:, None]
     return Decision(
         scores.perplexity, scores.entropy, scores.count, choice.keep, choice.quadrant, choice.median_quadrant,
-        choice.supplement, tokens, choice.level, spearman(scores.perplexity, scores.entropy, valid),
+        choice.supplement, tokens, tokens.sum(axis=1), choice.level, spearman(scores.perplexity, scores.entropy, valid),
     )  # fmt: skip
 
 
