@@ -10,7 +10,7 @@ import pytest
 from qtjax import models
 from qtjax.checkpoints import load_pretrained, save_pretrained
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("torch")]
 TOLERANCE = 2e-4
 apply = jax.jit(models.apply, static_argnums=0)
 NAMES = (
@@ -51,7 +51,8 @@ def test_logits_equal_transformers(reference, name):
 @pytest.mark.shared
 def test_stories260k_logits_equal_transformers(shared):
     """A pretrained LLaMA (GQA, tied): logits equal torch's on text-like input of 128 tokens."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     folder = shared / "models" / "stories260K"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     config, params = load_pretrained(folder)
@@ -100,7 +101,8 @@ def test_both_spellings_of_the_config(reference, tmp_path, name, spelling):
 @pytest.mark.parametrize("max_shard_bytes", (5_000_000_000, 20_000))
 def test_saved_folder_is_loaded_by_transformers(reference, tmp_path, name, max_shard_bytes):
     """load -> save -> transformers loads: bitwise the same torch logits, from one file and from shards with an index."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     folder, model = reference(name)
     config, params = load_pretrained(folder)
     save_pretrained(tmp_path / "out", config, params, max_shard_bytes=max_shard_bytes)
