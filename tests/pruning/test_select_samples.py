@@ -1,5 +1,6 @@
 """select_samples is Algorithm 1 of the paper: the same samples as its bisection, and the numbers of a hand-made table."""
 
+import itertools
 import math
 
 import jax
@@ -62,44 +63,53 @@ def bisection(perplexity, entropy, K, policy, supplement):
     return kept | extra, code_at_top, extra
 
 
+def draw_batch(r, trial):
+    """(scores [2, SLOTS] padded, valid [SLOTS], scores [2, n]) of one random scoring batch with distinct float32 scores."""
+    n = int(r.integers(1, SLOTS + 1)) if trial % 3 else int(r.integers(1, 12))
+    rho = r.choice([-0.95, -0.5, 0.0, 0.5, 0.8, 0.9, 0.99])
+    a, b = r.normal(size=(2, n))
+    scores = np.exp([a, 0.4 * (rho * a + math.sqrt(1 - rho**2) * b)]).astype(np.float32)
+    valid = np.zeros(SLOTS, bool)
+    valid[r.choice(SLOTS, n, replace=False)] = True
+    padded = np.where(r.random((2, SLOTS)) < 0.5, np.nan, 1e9).astype(np.float32)  # padding may hold anything
+    padded[:, valid] = scores
+    return padded, valid, scores
+
+
+def tie_on_the_level(perplexity, entropy, K, policy):
+    """Where Algorithm 1 cannot keep exactly K, and method.md decides by index; or a sample at exactly 0.49."""
+    n = len(perplexity)
+    rank_p, rank_e = np.argsort(np.argsort(perplexity)), np.argsort(np.argsort(entropy))
+    other = np.maximum(rank_p, n - 1 - rank_e if policy == "paper" else rank_e)
+    m = np.sort(np.minimum(np.maximum(n - 1 - rank_p, rank_e), other))
+    placed = m[100 * m < 49 * n]
+    return np.any(100 * m == 49 * n) or (K < len(placed) and placed[K - 1] == placed[K])
+
+
 @pytest.mark.parametrize("policy", ["paper", "article"])
 def test_equals_the_bisection(policy):
-    """On 2500 random batches of 1..200 samples, correlations -0.95..0.99, padded: same kept, quadrants and supplement."""
+    """On 2400 random batches of 1..200 samples, correlations -0.95..0.99, padded: same kept, quadrants and supplement."""
     r = np.random.default_rng({"paper": 1, "article": 2}[policy])
     compared = supplemented = 0
-    for trial in range(2500):
-        n = int(r.integers(1, SLOTS + 1)) if trial % 3 else int(r.integers(1, 12))
-        rho = r.choice([-0.95, -0.5, 0.0, 0.5, 0.8, 0.9, 0.99])
-        a, b = r.normal(size=(2, n))
-        perplexity = np.exp(a).astype(np.float32)
-        entropy = np.exp(0.4 * (rho * a + math.sqrt(1 - rho**2) * b)).astype(np.float32)
-        if len(set(perplexity)) < n or len(set(entropy)) < n:
-            continue
-        keep = float(r.choice([0.05, 0.125, 0.25, 0.5, 0.9, 1.0]))
-        supplement = ["minmax", "ranks"][trial % 2]
-        K = max(1, math.floor(keep * n + 1e-6))
-
-        rank_p, rank_e = np.argsort(np.argsort(perplexity)), np.argsort(np.argsort(entropy))
-        other = np.maximum(rank_p, n - 1 - rank_e if policy == "paper" else rank_e)
-        m = np.sort(np.minimum(np.maximum(n - 1 - rank_p, rank_e), other))
-        placed = m[100 * m < 49 * n]
-        if np.any(100 * m == 49 * n) or (K < len(placed) and placed[K - 1] == placed[K]):
-            continue  # a tie on the level: Algorithm 1 cannot keep exactly K, and method.md decides by index
-        compared += 1
-
-        where = np.sort(r.choice(SLOTS, n, replace=False))
-        padded = np.full((2, SLOTS), np.nan, np.float32)
-        padded[:, where] = perplexity, entropy
-        padded[:, [i for i in range(SLOTS) if i not in set(where)][: SLOTS // 4]] = 1e9  # padding may hold anything
-        valid = np.isin(np.arange(SLOTS), where)
-        mine = jax.device_get(select_samples(*padded, keep, policy, supplement, valid))
-        kept, code, extra = bisection(perplexity, entropy, K, policy, supplement)
-        supplemented += extra.any()
-        for name, got, want in (("keep", mine.keep, kept), ("quadrant", mine.quadrant, code), ("supplement", mine.supplement, extra)):
-            assert not got[~valid].any()
-            np.testing.assert_array_equal(got[where], want, err_msg=f"{name}, trial {trial}")
-        assert mine.keep.sum() == K
-    assert compared > 1000 and supplemented > 100, (compared, supplemented)
+    for keep, supplement in itertools.product([0.05, 0.125, 0.25, 0.5, 0.9, 1.0], ["minmax", "ranks"]):
+        batches = [draw_batch(r, trial) for trial in range(200)]
+        padded, valid = np.stack([b[0] for b in batches], 1), np.stack([b[1] for b in batches])
+        many = jax.vmap(lambda p, e, v: select_samples(p, e, keep, policy, supplement, v))
+        mine = jax.device_get(many(padded[0], padded[1], valid))
+        for i, (_, real, (perplexity, entropy)) in enumerate(batches):
+            K = max(1, math.floor(keep * len(perplexity) + 1e-6))
+            distinct = len(set(perplexity)) == len(set(entropy)) == len(perplexity)
+            if not distinct or tie_on_the_level(perplexity, entropy, K, policy):
+                continue
+            compared += 1
+            expected = bisection(perplexity, entropy, K, policy, supplement)
+            supplemented += expected[2].any()
+            for name, want in zip(("keep", "quadrant", "supplement"), expected):
+                got = getattr(mine, name)[i]
+                assert not got[~real].any()
+                np.testing.assert_array_equal(got[real], want, err_msg=f"{name}, {keep}, {supplement}, batch {i}")
+            assert mine.keep[i].sum() == K
+    assert compared > 1200 and supplemented > 300, (compared, supplemented)
 
 
 #   sample          0     1      2     3    4      5      6      7
