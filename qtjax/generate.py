@@ -46,10 +46,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         data=dataclasses.replace(base.data, chat_template=own["chat-template"], system_prompt=own["system"]),
     ))  # fmt: skip
 
+    import numpy as np
+
     from qtjax import evals
     from qtjax.data.examples import Example
     from qtjax.data.templates import resolve_template
+    from qtjax.data.progress import LateProgress
     from qtjax.data.tokenize import prompt_and_answer
+    from qtjax.data.tokenizer import check_vocabulary
     from qtjax.training.open_model import open_model
 
     model = open_model(config.model, adapter=own["adapter"])
@@ -57,14 +61,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     ids = [
         prompt_and_answer(
             model.tokenizer, Example(prompt=prompt, completion="-"), template, f"prompt {i}", system_prompt=own["system"]
-        )[0].tolist()
+        )[0]
         for i, prompt in enumerate(prompts)
     ]
-    new = evals.answer(
-        model.config, model.params, ids, max_new_tokens=own["max-new-tokens"], batch_size=own["batch-size"],
-        stop_ids=evals.stop_ids_of_chat(config, model.config, model.tokenizer), temperature=own["temperature"],
-        top_p=own["top-p"], seed=own["seed"], overlay=model.overlay,
-    )  # fmt: skip
+    check_vocabulary(model.tokenizer, model.config.vocab_size, np.concatenate(ids))
+    with LateProgress("answering", len(ids)) as bar:
+        new = evals.answer(
+            model.config, model.params, [i.tolist() for i in ids], max_new_tokens=own["max-new-tokens"],
+            batch_size=own["batch-size"], stop_ids=evals.stop_ids_of_chat(config, model.config, model.tokenizer),
+            temperature=own["temperature"], top_p=own["top-p"], seed=own["seed"], overlay=model.overlay,
+            progress=bar.advance,
+        )  # fmt: skip
     texts = model.tokenizer.batch_decode(new, skip_special_tokens=True)
     if len(prompts) == 1:
         print(texts[0])

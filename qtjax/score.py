@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
 
     from qtjax.data.prepare import held_out_data, training_data
     from qtjax.data.progress import LateProgress
+    from qtjax.data.tokenizer import check_vocabulary
     from qtjax.parallel import make_mesh
     from qtjax.report.plane import draw_plane
     from qtjax.training.open_model import open_model
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     mesh = make_mesh(config.mesh)
     model = open_model(config.model, own["checkpoint"], mesh=mesh)
     dataset = (held_out_data if own["held-out"] else training_data)(config.data, model.tokenizer)
+    check_vocabulary(model.tokenizer, model.config.vocab_size, dataset.input_ids)
     with LateProgress("scoring", len(dataset)) as bar:
         table, correlation = survey(
             config, model.config, model.params, dataset, overlay=model.overlay, mesh=mesh, progress=bar.advance

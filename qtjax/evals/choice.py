@@ -11,6 +11,7 @@ from qtjax.config import DataSection
 from qtjax.data.packing import Sample
 from qtjax.data.rows import from_objects
 from qtjax.data.tokenize import tokenize
+from qtjax.data.tokenizer import check_vocabulary
 from qtjax.errors import QtjaxError
 from qtjax.evals.choice_rows import Question
 from qtjax.evals.rows import likelihood
@@ -63,7 +64,7 @@ def multiple_choice(
       row_length: tokens per packed row; longer samples lose the beginning of their prompt. rows: rows per launch.
       overlay, mesh, progress (counts choices): as in `rows.likelihood`.
     Returns: MultipleChoice. The token that closes an answer is not scored.
-    Raises QtjaxError: a choice that does not fit a row.
+    Raises QtjaxError: a choice that does not fit a row, a tokenizer that is not the model's.
     """
     encoded, cut = [], 0
     for ids, mask in encode(tokenizer, questions, data):
@@ -72,6 +73,7 @@ def multiple_choice(
         kept[0] = False
         if kept.sum() < mask.sum():
             raise QtjaxError(f"a choice of {int(mask.sum())} tokens does not fit a row of {row_length}; raise train.row_length")
+        check_vocabulary(tokenizer, config.vocab_size, ids)
         encoded.append(Sample(ids, kept, np.arange(len(ids), dtype=np.int32)))
     found = likelihood(
         config, params, encoded, row_length=row_length, rows=rows, overlay=overlay, mesh=mesh, progress=progress

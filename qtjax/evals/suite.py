@@ -15,6 +15,7 @@ from qtjax.data.progress import LateProgress
 from qtjax.data.rows import Rows, from_objects
 from qtjax.data.templates import resolve_template
 from qtjax.data.tokenize import dataset_format, prompt_and_answer, tokenize
+from qtjax.data.tokenizer import check_vocabulary
 from qtjax.errors import QtjaxError, near_names
 from qtjax.evals.choice import MultipleChoice, multiple_choice
 from qtjax.evals.choice_rows import Question, read_question
@@ -71,7 +72,7 @@ def load_held_out(
     """Reads and tokenizes the held-out rows for `tasks`.
 
     Takes eval.max_samples evenly spaced rows for loss and choice, eval.generate_samples (0: as many) for exact match.
-    Raises QtjaxError: whatever loading raises, and rows that a task cannot use.
+    Raises QtjaxError: whatever loading raises, rows that a task cannot use, a tokenizer that is not the model's.
     """
     rows = held_out_rows(config.data)
     chosen = rows.select(spread(len(rows), config.eval.max_samples))
@@ -81,6 +82,7 @@ def load_held_out(
         questions = [read_question(chosen[i], choice_form, chosen.where(i)) for i in range(len(chosen))]
     if {"loss", "exact_match"} & set(tasks):
         dataset = tokenize(tokenizer, chosen, config.data)
+        check_vocabulary(tokenizer, model_config.vocab_size, dataset.input_ids)
     if "exact_match" in tasks:
         asked = rows.select(spread(len(rows), config.eval.generate_samples or config.eval.max_samples))
         prompts = _prompts(config, tokenizer, asked)
