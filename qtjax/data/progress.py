@@ -10,12 +10,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class LateProgress:
     """`with LateProgress("tokenizing", total) as bar: bar.advance(n)`: on standard error, with ETA, after `delay` seconds.
 
-    enabled: False shows nothing. Output that is no terminal gets no bar (rich prints its final state only).
+    enabled: False shows nothing. Output that is no terminal gets no bar.
     """
 
     def __init__(self, what: str, total: int, *, delay: float = 2.0, enabled: bool = True, console: Console | None = None):
         self._what, self._total, self._delay, self._enabled = what, total, delay, enabled
-        self._console = console
+        self._console = console or Console(stderr=True)
         self._done = 0
         self._bar: Progress | None = None
         self._task = None
@@ -26,10 +26,11 @@ class LateProgress:
 
     def advance(self, count: int) -> None:
         self._done += count
-        if self._enabled and self._bar is None and time.monotonic() - self._began > self._delay and self._done < self._total:
+        wanted = self._enabled and self._console.is_terminal
+        if wanted and self._bar is None and time.monotonic() - self._began > self._delay and self._done < self._total:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                console=self._console or Console(stderr=True), transient=True,
+                console=self._console, transient=True,
             )  # fmt: skip
             self._bar.start()
             self._task = self._bar.add_task(self._what, total=self._total)

@@ -67,7 +67,7 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     mesh = make_mesh(config.mesh)
     tokenizer = load_tokenizer(config.model.path)
     dataset = training_data(config.data, tokenizer)
-    console.print(f"data    {dataset.stats.line()}", highlight=False)
+    console.print(f"data    {dataset.stats.line()}", highlight=False, soft_wrap=True)
     model = load_model(config, mesh)
     check_vocabulary(tokenizer, model.config.vocab_size, dataset.input_ids)
     row_length = config.train.row_length or config.data.max_length
@@ -79,7 +79,8 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     shapes = ladder(config.train.rows, batch_size(mesh), config.train.shapes)
     loaded = time.perf_counter()
     samples = -(-config.prune.batch_size // batch_size(mesh)) * batch_size(mesh)
-    with console.status("compiling") as status:
+    quiet = contextlib.nullcontext(_Silent())  # without a terminal a spinner leaves blank lines
+    with console.status("compiling") if console.is_terminal else quiet as status:
         programs = Programs(
             model.subject, mesh, config.prune, optimizer, state, frozen, shapes=shapes, row_length=row_length,
             samples=samples, max_length=config.data.max_length, on_done=lambda name: status.update(f"compiling: {name} done"),
@@ -87,8 +88,8 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     compiled = time.perf_counter()
     console.print(
         f"model   {config.model.path}: {model.config.num_hidden_layers} layers, width {model.config.hidden_size};"
-        f" rows {' + '.join(map(str, shapes))} x {row_length}; {programs.count} programs compiled in {compiled - loaded:.0f} s",
-        highlight=False,
+        f" rows {' or '.join(map(str, shapes))} x {row_length}; {programs.count} programs compiled in {compiled - loaded:.0f} s",
+        highlight=False, soft_wrap=True,
     )
     loop = Loop(
         config, mesh, dataset, plan, programs, state, frozen, shapes=shapes, row_length=row_length,
@@ -151,6 +152,13 @@ def train_steps(session: Session, folder: RunFolder, *, quiet: bool = False) -> 
                 session.checkpoints.wait()
                 raise Interrupted(f"stopped after step {saved}")
     session.checkpoints.wait()
+
+
+class _Silent:
+    """Stands in for a spinner where there is no terminal."""
+
+    def update(self, text: str) -> None:
+        """Says nothing."""
 
 
 @contextlib.contextmanager

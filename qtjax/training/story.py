@@ -63,7 +63,7 @@ def _train(config: Config, folder: RunFolder, console: Console, begin: float, qu
         draw_run(folder.read_samples(), steps, folder.pictures, title=_title(config))
     session.close()
     folder.write_summary(summary)
-    console.print(f"data    {session.dataset.stats.line()}", highlight=False)
+    console.print(f"data    {session.dataset.stats.line()}", highlight=False, soft_wrap=True)
     return summary
 
 
