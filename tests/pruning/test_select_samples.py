@@ -169,6 +169,15 @@ def test_each_quadrant_alone():
     assert article.quadrant.tolist() == [0, 2, 3, 0] and article.keep.tolist() == [False, True, True, False]
 
 
+def test_the_corners_end_just_below_0_49():
+    """n = 100, scores on the diagonal but for ranks 48..51 mirrored: m = 48 is placed, m = 49 (exactly 0.49) is not."""
+    perplexity = np.arange(100.0)
+    entropy = np.arange(100.0)
+    entropy[48:52] = [51, 50, 49, 48]  # m of 48, 51: 48 (Q4, Q2); m of 49, 50: 49
+    quadrant = select_samples(perplexity, entropy, 0.02).quadrant
+    assert {i: int(q) for i, q in enumerate(quadrant) if q} == {48: 4, 51: 2}
+
+
 @pytest.mark.parametrize("keep", [1e-9, 0.5, 1.0])
 @pytest.mark.parametrize("policy", ["paper", "article"])
 def test_tiny_batches(keep, policy):
