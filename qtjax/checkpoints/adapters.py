@@ -64,6 +64,7 @@ def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") 
         folder.mkdir(parents=True, exist_ok=True)
     # The weights first: to every reader a folder without its config is no adapter.
     write_atomic(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    # Fields in the order given: of overlapping patterns the first wins, so sorting keys would change scales.
     write_atomic(folder / CONFIG, json.dumps(fields, indent=2) + "\n")
 
 

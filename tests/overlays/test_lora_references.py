@@ -30,9 +30,12 @@ def case(request, shared):
     return folder, config, params, load_adapter(folder, config, params), dict(np.load(folder / "inputs.npz"))
 
 
+_apply = jax.jit(models.apply, static_argnums=0)
+
+
 def loss(config, params, overlay, inputs):
     """Mean cross-entropy over labels other than -100, each predicted by the slot before it."""
-    logits = models.apply(config, params, inputs["input_ids"], jnp.asarray(inputs["attention_mask"]), overlay=overlay)
+    logits = _apply(config, params, inputs["input_ids"], inputs["attention_mask"], overlay=overlay)
     labels = jnp.asarray(inputs["labels"])[:, 1:]
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), jnp.maximum(labels, 0)[..., None], -1)[..., 0]
     return jnp.where(labels == -100, 0, nll).sum() / (labels != -100).sum(), logits
@@ -60,7 +63,7 @@ def test_merged_reference_computes_the_same(case):
     """The base with the reference adapter folded in has peft's logits without an overlay."""
     _, config, params, overlay, inputs = case
     merged_config, merged = merge(config, params, overlay)
-    got = models.apply(merged_config, merged, inputs["input_ids"], jnp.asarray(inputs["attention_mask"]))
+    got = _apply(merged_config, merged, inputs["input_ids"], inputs["attention_mask"])
     close_logits(got, inputs["logits"], inputs["attention_mask"] == 1)
 
 
@@ -69,7 +72,7 @@ def test_base_tree_alone_is_the_reference_base(case):
     _, config, params, overlay, inputs = case
     before = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
     loss(config, params, overlay, inputs)
-    got = models.apply(config, params, inputs["input_ids"], jnp.asarray(inputs["attention_mask"]))
+    got = _apply(config, params, inputs["input_ids"], inputs["attention_mask"])
     close_logits(got, inputs["base_logits"], inputs["attention_mask"] == 1)
     for path, leaf in flatten(params).items():
         np.testing.assert_array_equal(np.asarray(leaf), before[path])
