@@ -276,30 +276,34 @@ def test_sharded_over_eight_devices(hf_folder, tmp_path, run_python):
 
 
 _PEAK = """
-import resource, sys, json, jax, numpy as np
-from pathlib import Path
+import json, sys, jax
 from qtjax.checkpoints import load_pretrained, save_pretrained
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def status(field):
+    line = next(line for line in open("/proc/self/status") if line.startswith(field))
+    return int(line.split()[1]) * 1024
+def growth(act):
+    # ru_maxrss would begin with the parent's peak; this resets the high-water mark of this process.
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS:")
+    result = act()
+    jax.block_until_ready(result[1] if isinstance(result, tuple) else 0)
+    return status("VmHWM:") - before, result
 load_pretrained(sys.argv[1])
-before = peak()
-config, params = load_pretrained(sys.argv[2])
-jax.block_until_ready(params)
-loaded = peak()
-save_pretrained(sys.argv[3], config, params)
+loading, (config, params) = growth(lambda: load_pretrained(sys.argv[2]))
+saving, _ = growth(lambda: str(save_pretrained(sys.argv[3], config, params)))
 leaves = [leaf.nbytes for leaf in jax.tree.leaves(params)]
-print(json.dumps(dict(loading=loaded - before, saving=peak() - loaded, model=sum(leaves), leaf=max(leaves))))
+print(json.dumps(dict(loading=loading, saving=saving, model=sum(leaves), leaf=max(leaves))))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
 def test_no_second_copy_in_host_memory(hf_folder, tmp_path, run_python):
-    """Peak memory while loading is the model and about one leaf, not two models; saving adds far less than a model."""
+    """Peak memory while loading is the model and about one leaf, not two models; saving adds less than half a model."""
     small = hf_folder().write().rename(tmp_path / "small")
     sizes = dict(hidden_size=512, head_dim=128, intermediate_size=1024, num_hidden_layers=20, vocab_size=1000)
     big = hf_folder(**sizes).write()
     figures = json.loads(run_python(_PEAK, str(small), str(big), str(tmp_path / "out")).splitlines()[-1])
-    slack = 24 * 2**20
+    slack = 16 * 2**20
     assert figures["model"] > 2 * (figures["leaf"] + slack), "the model is too small to tell one copy from two"
-    assert figures["loading"] < figures["model"] + figures["leaf"] + slack, figures
-    assert figures["saving"] < figures["leaf"] + slack, figures
+    assert 0.9 * figures["model"] < figures["loading"] < figures["model"] + figures["leaf"] + slack, figures
+    assert figures["saving"] < figures["model"] / 2, figures  # one tensor, and what compiling the slices takes
