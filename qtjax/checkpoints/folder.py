@@ -10,6 +10,7 @@ import numpy as np
 from qtjax.checkpoints import hf, msgpack
 from qtjax.checkpoints.assemble import StoredTensor
 from qtjax.errors import QtjaxError
+from qtjax.hub import give_up_early
 from qtjax.models import ModelConfig
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -58,6 +59,7 @@ def resolve_folder(path: str | Path) -> Path:
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    give_up_early()
     try:
         folder = Path(snapshot_download(name, allow_patterns=[*_HUB_PATTERNS, "model*.safetensors", hf.INDEX]))
         if not (folder / hf.WEIGHTS).exists() and not (folder / hf.INDEX).exists():

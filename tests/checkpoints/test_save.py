@@ -81,7 +81,8 @@ def test_tokenizer_comes_along(hf_folder, tmp_path):
     config, params = load_pretrained(hf_folder().write())
     source = tmp_path / "source"
     (source / "additional_chat_templates").mkdir(parents=True)
-    kept = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/tool.jinja", "generation_config.json")
+    kept = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+    kept += ("additional_chat_templates/tool.jinja",)
     for name in (*kept, "README.md", "modeling_x.py", "pytorch_model.bin"):
         (source / name).write_text(f'{{"from": "{name}"}}')
     out = save_pretrained(tmp_path / "out", config, params, tokenizer_from=source)
