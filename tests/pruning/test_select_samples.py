@@ -200,6 +200,14 @@ def test_equal_scores_go_by_index(supplement):
     assert choice.keep.tolist() == [True] * 3 + [False] * 7 and np.isnan(choice.level)
 
 
+def test_samples_on_the_diagonal_tie_exactly():
+    """Two samples, both scores rising: min-max puts them at (0, 0) and (1, 1), both at distance 0, so index 0 is kept."""
+    r = np.random.default_rng(0)
+    for _ in range(200):
+        perplexity, entropy = np.sort(np.exp(r.normal(size=(2, 2))), axis=1)
+        assert select_samples(perplexity, entropy, 0.5).keep.tolist() == [True, False]
+
+
 def test_unscorable_samples_count_in_the_budget_but_are_never_kept():
     """N = 8 real samples of which 5 have no finite score: K = 4 of 8, so all 3 eligible are kept; padding does not count."""
     perplexity = np.array([np.nan, 2.0, np.inf, 3.0, 1.0, 5.0, 4.0, np.nan, 7.0, 7.0])
