@@ -1,6 +1,7 @@
 """The decoder as pure functions of (config, params): what every other room calls."""
 
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -113,6 +114,7 @@ def head_kernel(config: ModelConfig, params: Tree, overlay: Any = None) -> Array
     return kernel if layout == "dv" else kernel.T
 
 
+@partial(jax.jit, static_argnames="config")
 def apply(
     config: ModelConfig,
     params: Tree,
@@ -123,7 +125,7 @@ def apply(
     overlay: Any = None,
     task_ids: Array | None = None,
 ) -> Array:
-    """Logits float32 [B, L, V]; arguments as in `hidden_states`. Slots that hold nothing real give zero logits."""
+    """Logits float32 [B, L, V], jitted; arguments as in `hidden_states`. Slots that hold nothing real give zero logits."""
     hidden = hidden_states(
         config, params, jnp.asarray(input_ids), attention_mask, position_ids, segment_ids, overlay, task_ids
     )
