@@ -35,6 +35,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(chunk: int, layout: str, mesh: Mesh | None, batch_axes: tuple[str, ...]) -> Plan:
+    """The static side of a call, checked. Raises QtjaxError for an impossible chunk, layout or mesh axis."""
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise QtjaxError(f"chunk = {chunk!r}: is a number of tokens, an integer of 1 or more; the default suits most machines")
     if layout not in LAYOUTS:
@@ -49,6 +50,7 @@ def make_plan(chunk: int, layout: str, mesh: Mesh | None, batch_axes: tuple[str,
 
 
 def check_shapes(plan: Plan, hidden: jax.Array, kernel: jax.Array, **per_token: jax.Array) -> None:
+    """Raises QtjaxError where the kernel, the per-token arrays [T] or [B, L] or the mesh do not fit `hidden`."""
     kernel_shape = kernel.shape if plan.layout == "dv" else kernel.shape[::-1]
     if kernel.ndim != 2 or kernel_shape[0] != hidden.shape[-1]:
         expected = "[D, V]" if plan.layout == "dv" else "[V, D]"
@@ -83,6 +85,7 @@ def work_list(wanted_T: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array, in
 
 
 def rows_at(array: jax.Array, index_c: jax.Array) -> jax.Array:
+    """Rows [c, ...] of `array`; zeros where the index lies past the end (the work list's padding)."""
     return array.at[index_c].get(mode="fill", fill_value=0)
 
 
