@@ -136,7 +136,12 @@ def train_steps(session: Session, folder: RunFolder, *, quiet: bool = False) -> 
     every = session.config.train.checkpoint_every
     print_of = fingerprint(session.dataset)
     saved = session.step
-    with _stop_requested() as stop, TrainingProgress(last, start=session.step, quiet=quiet) as progress:
+    with (
+        contextlib.ExitStack() as ending,
+        _stop_requested() as stop,
+        TrainingProgress(last, start=session.step, quiet=quiet) as progress,
+    ):
+        ending.callback(session.checkpoints.wait)  # whatever ends the loop, a save under way is finished
         while session.step < last:
             metrics, records = loop.step(session.step, last)
             session.step += 1
@@ -149,9 +154,7 @@ def train_steps(session: Session, folder: RunFolder, *, quiet: bool = False) -> 
                 session.checkpoints.save(session.step, checkpoint_tree(loop.state), {"data": print_of})
                 saved = session.step
             if stop:
-                session.checkpoints.wait()
                 raise Interrupted(f"stopped after step {saved}")
-    session.checkpoints.wait()
 
 
 class _Silent:
