@@ -197,5 +197,5 @@ def test_sigkill_at_several_moments_changes_nothing(tiny_config, tmp_path):
     assert process.returncode == 130 and "continues" in err
     _finish(config_file, broken)
     assert_same(broken, trail(whole))
-    assert json.loads((broken / "summary.json").read_text())["steps"] == 12
+    assert json.loads((broken / "summary.json").read_text())["steps"] == 16
     assert sum(pq.read_metadata(f).num_rows for f in (broken / "eu").glob("*.parquet")) == 4 * 60
