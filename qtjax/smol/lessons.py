@@ -15,7 +15,10 @@ _OPPOSITES = words.opposite_facts()
 _CATEGORIES = words.category_facts()
 _COLOURS = words.colour_facts()
 _NEXT = words.order_facts()
-_SINGABLE = (*words.WORDS, *words.GOODS, *words.PLACES, *words.NAMES, *(a for a, _ in _OPPOSITES + _CATEGORIES + _COLOURS))
+_POOLS = (
+    words.LETTERS[:10], words.LETTERS[:10], words.LETTERS, words.DAYS, words.NAMES[:10], words.WORDS[:10], words.PLACES,
+    (*words.WORDS, *words.GOODS, *words.PLACES, *words.NAMES, *(a for a, _ in _OPPOSITES + _CATEGORIES + _COLOURS)),
+)  # fmt: skip
 
 
 def _cap(text: str) -> str:
@@ -199,8 +202,11 @@ def _echo(draw: Draw) -> str:
 
 
 def _chorus(draw: Draw) -> str:
-    """Random words sung again and again: the plainest case of copying from the context."""
-    line = " ".join(draw.sample(_SINGABLE, draw.between(3, 8)))
+    """A few words sung again and again. From a small pool all lines hold nearly the same words, so that only their
+    order tells what comes next: copying by order is learned on these in a few hundred steps, and on all words never
+    in as many (knowing WHICH words occur already pays there)."""
+    pool = draw.pick(_POOLS)
+    line = " ".join(draw.sample(pool, draw.between(3, 7)))
     return f"{line} " * draw.between(2, 4) + line + "."
 
 
@@ -211,7 +217,8 @@ def _recap(draw: Draw) -> str:
 
 
 TALKS: tuple[Callable[[Draw], str], ...] = (
-    _opposite, _category, _colour, _next, _compare, _add, _story, _places, _list, _echo, _recap, _chorus, _chorus,
+    _opposite, _category, _colour, _next, _compare, _add, _story, _places, _list, _echo, _recap,
+    _chorus, _chorus, _chorus, _chorus, _chorus,
 )  # fmt: skip
 
 
