@@ -2,7 +2,7 @@
 
 Source    our own; the shape is SmolLM2's (grouped-query attention, tied embeddings), scaled down to 1.05 million
           parameters: hidden 128, 4 layers, 4 heads over 2 key/value heads, vocabulary 2,048.
-Data      corpus.jsonl, 20 % novels published up to 1900 and 80 % lessons that qtjax generates. Make it, and the
+Data      corpus.jsonl, 25 % novels published up to 1900 and 75 % lessons that qtjax generates. Make it, and the
           tokenizer from it, first (the second command rewrites qtjax/smol/model/tokenizer.json with the same bytes):
             python -m qtjax.smol.corpus --books english_novels.jsonl.gz --out corpus.jsonl --tokens 8000000 --seed 0
             python -m qtjax.smol.tokenizer --corpus corpus.jsonl
