@@ -6,9 +6,14 @@ Data      corpus.jsonl, 25 % novels published up to 1900 and 75 % lessons that q
           tokenizer from it, first (the second command rewrites qtjax/smol/model/tokenizer.json with the same bytes):
             python -m qtjax.smol.corpus --books english_novels.jsonl.gz --out corpus.jsonl --tokens 8000000 --seed 0
             python -m qtjax.smol.tokenizer --corpus corpus.jsonl
-Cost      one epoch; 6.3 million FLOPs a token. Its card says what it took.
-Expected  loss from 7.6 = ln 2048 at the start to about 2 nats per token; the lessons end far lower than the novels.
-Command   python -m qtjax.train --config configs/pretrain_smol.py
+Cost      6.3 million FLOPs a token; the card says what it took.
+Expected  loss from 7.6 = ln 2048 at the start; the lessons end far lower than the novels.
+Command   two runs: copying exercises first (with them attention to the context forms within 300 steps, without them it
+          had not after 1,000), then the corpus from where that ended:
+            python -m qtjax.smol.corpus --primer --out primer.jsonl --tokens 1000000 --seed 0
+            python -m qtjax.train --config configs/pretrain_smol.py --model.random-init true --data.path primer.jsonl \
+              --train.max-steps 300 --train.final-lr-fraction 1 --run.folder runs/primer_smol
+            python -m qtjax.train --config configs/pretrain_smol.py --model.path runs/primer_smol/model
 """
 
 from qtjax.config import Config, DataSection, EvalSection, ModelSection, PruneSection, RunSection, TrainSection
@@ -16,16 +21,17 @@ from qtjax.config import Config, DataSection, EvalSection, ModelSection, PruneSe
 
 def get_config() -> Config:
     return Config(
-        model=ModelSection(path="smol", random_init=True, unroll_layers=True),
+        model=ModelSection(path="smol", unroll_layers=True),
         data=DataSection(path="corpus.jsonl", format="text", chat_template="none", eval_fraction=0.01, max_length=256),
-        prune=PruneSection(sample_pruner="none", token_pruner="none", batch_size=32),
+        prune=PruneSection(sample_pruner="none", token_pruner="none", batch_size=16),
         train=TrainSection(
             epochs=1.0,
+            max_steps=2600,
             learning_rate=2e-3,
             warmup_fraction=0.04,
             final_lr_fraction=0.05,
             weight_decay=0.1,
-            b2=0.95,  # few steps: the second moment has to follow quickly
+            b2=0.98,  # few steps: the second moment has to follow quickly
             row_length=256,
             rows=8,
             checkpoint_every=250,

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from qtjax.errors import QtjaxError, door
 from qtjax.smol.draw import Draw
-from qtjax.smol.lessons import lesson
+from qtjax.smol.lessons import lesson, small_chorus
 
-CHARACTERS_PER_TOKEN = {"books": 3.0, "lessons": 3.0}  # measured with smol's tokenizer, rounded down
+CHARACTERS_PER_TOKEN = {"books": 3.0, "lessons": 3.0, "primer": 2.0}  # measured with smol's tokenizer, rounded down
 DOCUMENT_CHARACTERS = 600  # about 200 tokens, so that a document fits 256
 BOOKS_PERCENT = 25
 LAST_YEAR = 1900  # published so long ago that the authors' terms of life + 70 years have ended nearly everywhere
@@ -86,6 +86,20 @@ def build(books: Sequence[str], tokens: int, seed: int, books_percent: int = BOO
     return out
 
 
+def primer(tokens: int, seed: int) -> list[str]:
+    """About `tokens` tokens of the plainest copying: short lines of 10 to 12 symbols, sung again and again.
+
+    Attention to what followed the same symbol before forms on these within some hundred steps, and much later on
+    text; a model that starts from it learns the lessons faster.
+    """
+    draw, out = Draw(seed, stream=3), []
+    budget = tokens * CHARACTERS_PER_TOKEN["primer"]
+    while budget > 0:
+        out.append(" ".join(small_chorus(draw) for _ in range(3)))
+        budget -= len(out[-1])
+    return out
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m qtjax.smol.corpus", description="Writes smol's pretraining text as JSONL.")
     parser.add_argument("--books", nargs="*", default=[], help="JSONL(.gz) files of books: text, title with the year")
@@ -94,8 +108,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--books-percent", type=int, default=BOOKS_PERCENT, help="share of books, 0 to 100 (default: %(default)s)")
     parser.add_argument("--last-year", type=int, default=LAST_YEAR, help="newest year of publication used (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="fixes the choice, the lessons and the order (default: %(default)s)")
+    parser.add_argument("--primer", action="store_true", help="write copying exercises alone, for the first steps")
     args = parser.parse_args(argv)
-    out = build(args.books, args.tokens, args.seed, args.books_percent, args.last_year)
+    out = primer(args.tokens, args.seed) if args.primer else build(args.books, args.tokens, args.seed, args.books_percent, args.last_year)
     with open(args.out, "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in out)
     print(f"{args.out}: {len(out)} documents, {sum(map(len, out))} characters, about {args.tokens} tokens")

@@ -201,13 +201,21 @@ def _echo(draw: Draw) -> str:
     )
 
 
+def _sung(draw: Draw, pool: tuple[str, ...]) -> str:
+    line = " ".join(draw.sample(pool, draw.between(3, 7)))
+    return f"{line} " * draw.between(2, 4) + line + "."
+
+
+def small_chorus(draw: Draw) -> str:
+    """A chorus from 10 or 12 symbols (qtjax.smol.corpus.primer)."""
+    return _sung(draw, draw.pick((words.LETTERS[:10], words.LETTERS[:12], words.NAMES[:10], words.WORDS[:10])))
+
+
 def _chorus(draw: Draw) -> str:
     """A few words sung again and again. From a small pool all lines hold nearly the same words, so that only their
     order tells what comes next: copying by order is learned on these in a few hundred steps, and on all words never
     in as many (knowing WHICH words occur already pays there)."""
-    pool = draw.pick(_POOLS)
-    line = " ".join(draw.sample(pool, draw.between(3, 7)))
-    return f"{line} " * draw.between(2, 4) + line + "."
+    return _sung(draw, draw.pick(_POOLS))
 
 
 def _recap(draw: Draw) -> str:
