@@ -7,6 +7,8 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
+import re
 import sys
 import types
 import typing
@@ -57,7 +59,7 @@ class DataSection:
 
 @dataclass(frozen=True)
 class PruneSection:
-    sample_pruner: str = knob("q-tuning", "which samples to keep ('none': full data)", choices=("q-tuning", "none"))
+    sample_pruner: str = knob("q-tuning", "which samples to keep ('none': full data; no token is pruned then either)", choices=("q-tuning", "none"))
     token_pruner: str = knob("q-tuning", "which tokens of Q2 samples to keep", choices=("q-tuning", "none"))
     sample_keep: float = knob(0.25, "fraction (0-1] of each scoring batch's samples to keep", rule="(0,1]")
     token_keep: float = knob(0.5, "fraction (0-1] of a Q2 sample's trained tokens to keep", rule="(0,1]")
@@ -65,7 +67,7 @@ class PruneSection:
     policy: str = knob("paper", "quadrants kept: paper Q2+Q4, article Q2+Q3", choices=("paper", "article"))
     supplement: str = knob("minmax", "how samples are ranked when corners are short", choices=("minmax", "ranks"))
     mode: str = knob("mask", "pruned tokens leave the loss (mask) or the input too (drop)", choices=("mask", "drop"))
-    compact_positions: bool = knob(False, "drop mode: renumber the kept tokens' positions without gaps")
+    compact_positions: bool = knob(False, "drop mode only: renumber the kept tokens' positions without gaps")
     neighbor_weight: float = knob(0.5, "lambda of eq. 7, fraction (0-1)", rule="[0,1]")
     neighbors: str = knob("sum", "eq. 7's neighbour term, or the figure caption's average", choices=("sum", "mean"))
     protect_eos: bool = knob(False, "never prune the token that closes an answer")
@@ -180,8 +182,8 @@ def _check(name: str, value: Any, metadata: types.MappingProxyType | dict) -> No
     choices, rule = metadata["choices"], metadata["rule"]
     if choices and value not in choices:
         raise QtjaxError(f"{name} = {value!r}: must be one of {', '.join(choices)}{near_names(value, choices)}")
-    if isinstance(value, float) and value != value:
-        raise QtjaxError(f"{name} = nan: must be a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise QtjaxError(f"{name} = {value}: must be a finite number")
     if rule and not _RULES[rule][0](value):
         raise QtjaxError(f"{name} = {value!r}: {_RULES[rule][1]}; see --help for its unit and default")
 
@@ -211,10 +213,16 @@ def read_config(path: str) -> Config:
         raise QtjaxError(f"--config {path}: no such file; ready-made ones are in configs/")
     spec = importlib.util.spec_from_file_location("qtjax_experiment", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config() if hasattr(module, "get_config") else None
+    except (TypeError, SyntaxError, ImportError, AttributeError, NameError) as error:
+        named = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        known = {f.name for section in fields(Config) for f in fields(getattr(Config(), section.name))}
+        hint = near_names(named[1], known) if named else ""
+        raise QtjaxError(f"--config {path}: {type(error).__name__}: {error}{hint}; mend the file") from None
     if not hasattr(module, "get_config"):
         raise QtjaxError(f"--config {path}: the file must define get_config() -> qtjax.config.Config")
-    config = module.get_config()
     if not isinstance(config, Config):
         raise QtjaxError(f"--config {path}: get_config() must return a qtjax.config.Config, returned {type(config).__name__}")
     return config
@@ -272,6 +280,7 @@ def load_config(
         raise QtjaxError(f"{message}; --help lists every flag")
 
     parser.error = fail
+    parser._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^-inf$")  # values, not flags
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         bad = unknown[0].split("=")[0]
@@ -293,5 +302,8 @@ def to_json(config: Config) -> str:
 
 def from_json(text: str) -> Config:
     """The inverse of `to_json`; raises QtjaxError for unknown sections or fields."""
-    values = {f"{s}.{k}": v for s, section in json.loads(text).items() for k, v in section.items()}
+    raw = json.loads(text)
+    if not isinstance(raw, dict) or not all(isinstance(section, dict) for section in raw.values()):
+        raise QtjaxError("this config.json is not a run's; give the run.folder of a training run")
+    values = {f"{s}.{k}": v for s, section in raw.items() for k, v in section.items()}
     return validate(override(Config(), values))

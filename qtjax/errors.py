@@ -22,6 +22,7 @@ def door(main: Callable[[], None]) -> None:
     except QtjaxError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted; what was written stays, and the same command continues from it", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        done = f" ({stop})" if str(stop) else ""
+        print(f"interrupted{done}; what was written stays, and the same command continues from it", file=sys.stderr)
         raise SystemExit(130) from None

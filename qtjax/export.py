@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from qtjax.checkpoints import save_adapter, save_pretrained
     from qtjax.overlays import merge
     from qtjax.training.restore import load_run
+    from qtjax.training.story import save_template
 
     run, config, params, overlay = load_run(own["run"])
     adapter = overlay is not None and not own["merge"]
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if own["dtype"]:
         params = jax.tree.map(lambda leaf: leaf.astype(own["dtype"]), params)
     save_pretrained(own["out"], config, params, tokenizer_from=run.model.path)
+    save_template(Path(own["out"]), run)
     print(f"model written to {own['out']}")
 
 

@@ -41,8 +41,10 @@ def test_overrides_are_typed_by_field(file):
         (["--prune.mode", "drp"], "prune.mode = 'drp': must be one of mask, drop; did you mean 'drop'"),
         (["--run.export", "maybe"], "run.export = 'maybe': must be true or false"),
         (["--train.rows"], "expected one argument"),
-        (["--train.learning-rate", "nan"], "train.learning_rate = nan: must be a number"),
+        (["--train.learning-rate", "nan"], "train.learning_rate = nan: must be a finite number"),
         (["--train.row-length", "64", "--data.max-length", "128"], "train.row_length = 64: must be at least data.max_length"),
+        (["--train.epochs", "inf"], "train.epochs = inf: must be a finite number"),
+        (["--train.learning-rate", "-1e-4"], "train.learning_rate = -0.0001: must be above 0"),
         (["stray"], "stray: no such flag"),
     ],
 )
@@ -63,6 +65,11 @@ def test_config_files_that_are_none(tmp_path):
         load(str(empty))
     empty.write_text("def get_config():\n    return {}\n")
     with pytest.raises(QtjaxError, match="returned dict"):
+        load(str(empty))
+    empty.write_text(
+        "from qtjax.config import Config, TrainSection\ndef get_config():\n    return Config(train=TrainSection(learning_rat=1.0))\n"
+    )
+    with pytest.raises(QtjaxError, match="learning_rat.*did you mean 'learning_rate'"):
         load(str(empty))
 
 

@@ -97,3 +97,22 @@ def test_every_module_says_what_it_is_for():
                 if not ast.get_docstring(node) and not isinstance(node, ast.ClassDef):
                     bare.append(f"{path.relative_to(PACKAGE)}:{node.name}")
     assert bare == []
+
+
+def test_commands_in_readme_and_configs_parse(monkeypatch):
+    """Every training command that a user is told to type names flags and files that exist, with values that pass."""
+    import shlex
+
+    from qtjax.config import load_config
+
+    monkeypatch.chdir(ROOT)
+    texts = [ROOT / "README.md", *sorted((ROOT / "configs").glob("*.py"))]
+    commands = [
+        match
+        for path in texts
+        for match in re.findall(r"python -m qtjax\.train (--config configs/(?:[^\n`\\]|\\+\n)*)", path.read_text())
+    ]
+    assert len(commands) >= 8
+    for command in commands:
+        argv = shlex.split(re.sub(r"\\+\n", " ", command))
+        load_config("python -m qtjax.train", "", argv)

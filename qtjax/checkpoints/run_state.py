@@ -60,10 +60,12 @@ class RunState:
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
-    def restore(self, target: Any) -> Restored | None:
+    def restore(self, target: Any, *, forget: bool = False) -> Restored | None:
         """The newest readable checkpoint, or None if there is none.
 
-        Args: target: a tree of arrays or jax.ShapeDtypeStruct with shardings; its structure and shapes must match.
+        Args:
+          target: a tree of arrays or jax.ShapeDtypeStruct with shardings; its structure and shapes must match.
+          forget: remove newer, unreadable ones, so that their steps can be saved again (only the run itself may).
         Raises QtjaxError when there are checkpoints and none can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -80,7 +82,8 @@ class RunState:
             if found.meta is None or found.state is None:
                 skipped.append(step)
                 continue
-            self._forget(skipped)
+            if forget:
+                self._forget(skipped)
             return Restored(step, found.state, found.meta, skipped)
         if skipped:
             raise QtjaxError(

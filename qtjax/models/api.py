@@ -114,7 +114,6 @@ def head_kernel(config: ModelConfig, params: Tree, overlay: Any = None) -> Array
     return kernel if layout == "dv" else kernel.T
 
 
-@partial(jax.jit, static_argnames="config")
 def apply(
     config: ModelConfig,
     params: Tree,
@@ -126,7 +125,11 @@ def apply(
     task_ids: Array | None = None,
 ) -> Array:
     """Logits float32 [B, L, V], jitted; arguments as in `hidden_states`. Slots that hold nothing real give zero logits."""
-    hidden = hidden_states(
-        config, params, jnp.asarray(input_ids), attention_mask, position_ids, segment_ids, overlay, task_ids
-    )
+    arrays = (input_ids, attention_mask, position_ids, segment_ids, task_ids)
+    return _logits(config, params, overlay, *(x if x is None else jnp.asarray(x) for x in arrays))
+
+
+@partial(jax.jit, static_argnames="config")
+def _logits(config, params, overlay, input_ids, attention_mask, position_ids, segment_ids, task_ids):
+    hidden = hidden_states(config, params, input_ids, attention_mask, position_ids, segment_ids, overlay, task_ids)
     return jnp.matmul(hidden, head_kernel(config, params, overlay), preferred_element_type=jnp.float32)

@@ -46,6 +46,11 @@ class Overlay:
         return dataclasses.replace(self, **changes)
 
     @property
+    def draws(self) -> bool:
+        """Whether a training step needs a key for `sites` (dropout)."""
+        return METHODS[self.method].draws(self.spec)
+
+    @property
     def trainable_count(self) -> int:
         """Number of trained values, as PEFT counts them: padding of unequal ranks and of unedited layers left out."""
         return METHODS[self.method].count(self.spec)
@@ -69,6 +74,7 @@ class Method:
     tensors(spec, params, frozen) -> {PEFT key: array}: slices and transposes only, on numpy and traced arrays alike.
     trees(spec, tensors) -> (params, frozen): its inverse.
     unmergeable: why `merge` is impossible; empty when it is possible.
+    draws(spec) -> whether training draws random numbers (dropout), so that `sites` needs a key.
     """
 
     init: Callable[[Tree, Array, Mapping[str, Any]], tuple[Any, Tree, Tree]]
@@ -82,6 +88,7 @@ class Method:
     tensors: Callable[[Any, Tree, Tree], dict[str, Any]]
     trees: Callable[[Any, Mapping[str, Any]], tuple[Tree, Tree]]
     unmergeable: str = ""
+    draws: Callable[[Any], bool] = lambda spec: False
 
 
 METHODS: dict[str, Method] = {}

@@ -201,4 +201,5 @@ METHOD = Method(
     to_peft=_to_peft,
     tensors=_tensors,
     trees=_trees,
+    draws=lambda spec: spec.fields.lora_dropout > 0,
 )

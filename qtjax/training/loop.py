@@ -127,6 +127,9 @@ class Loop:
         decision, columns = None, None
         if self.prunes:
             decision = jax.block_until_ready(self.score(prepared))
+            unusable = np.asarray(decision.count > 0) & np.isnan(np.asarray(decision.entropy))
+            if unusable.any():
+                raise _diverged(step, f"the scores of {unusable.sum()} samples are NaN")
             tokens = local_rows(self.mesh, decision.tokens)
             clock.lap("score")
         else:
@@ -142,10 +145,7 @@ class Loop:
             self.state, measured = self.programs.update(self.state, total, divisor)
             loss, norm = float(loss_sum) / targets, float(measured["grad_norm"])
             if not (np.isfinite(loss) and np.isfinite(norm)):
-                raise QtjaxError(
-                    f"step {step + 1}: loss {loss}, gradient norm {norm}: training diverged; the last checkpoint is whole."
-                    " Try a lower train.learning_rate, train.clip_norm 1.0, more warm-up, or model.dtype float32"
-                )
+                raise _diverged(step, f"loss {loss}, gradient norm {norm}")
         clock.lap("train")
         metrics = {"step": step + 1, "epoch": step // self.plan.steps_per_epoch, "loss": loss}
         metrics |= {"learning_rate": float(self.schedule(step)), "grad_norm": norm, "skipped": int(not targets)}
@@ -209,6 +209,13 @@ def _choices(decision: Decision | None, counts: dict[str, int]) -> dict[str, Any
     out["supplement"] = int(supplement.sum())
     out |= {f"supplement_median_q{q}": int((supplement & (median == q)).sum()) for q in (1, 2, 3, 4)}
     return out | {"level": _finite(decision.level), "spearman": _finite(decision.spearman)}
+
+
+def _diverged(step: int, what: str) -> QtjaxError:
+    return QtjaxError(
+        f"step {step + 1}: {what}: training diverged, or the model overflows its dtype; the last checkpoint is whole. Try a"
+        " lower train.learning_rate, train.clip_norm 1.0, more warm-up, or model.dtype float32"
+    )
 
 
 def _finite(value: Any) -> float | None:

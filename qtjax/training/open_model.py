@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from qtjax.checkpoints import load_adapter, load_pretrained
 from qtjax.config import ModelSection
+from qtjax.data.templates import resolve_template
 from qtjax.data.tokenizer import load_tokenizer
 from qtjax.errors import QtjaxError
 from qtjax.models import ModelConfig
@@ -48,6 +49,7 @@ def open_model(model: ModelSection, checkpoint: str = "", *, adapter: str = "", 
       adapter: PEFT folder put over the model. mesh: where parameters are sharded; a run lies on all devices.
     Raises QtjaxError: what load_run, load_pretrained and load_adapter raise; an adapter over a run that has one.
     """
+    template = "auto"
     overlay, base, name = None, checkpoint or model.path, checkpoint or model.path
     if checkpoint and (Path(checkpoint) / "adapter_config.json").is_file():
         if adapter:
@@ -57,7 +59,7 @@ def open_model(model: ModelSection, checkpoint: str = "", *, adapter: str = "", 
         name = f"{base} + {adapter}"
     if is_run_folder(base):
         run, config, params, overlay = load_run(base)
-        base = run.model.path
+        base, template = run.model.path, run.data.chat_template
     else:
         config, params = load_pretrained(
             base, model.dtype, mesh=mesh, param_dtype=model.param_dtype, random_init=model.random_init and not checkpoint
@@ -66,4 +68,7 @@ def open_model(model: ModelSection, checkpoint: str = "", *, adapter: str = "", 
         if overlay is not None:
             raise QtjaxError(f"{checkpoint}: this run trained an adapter of its own; a second one cannot be put over it")
         overlay = load_adapter(adapter, config, params)
-    return Opened(config, params, overlay, load_tokenizer(base), name)
+    tokenizer = load_tokenizer(base)
+    if template not in ("auto", "none"):  # a run is asked as it was trained
+        tokenizer.chat_template = str(resolve_template(tokenizer, template))
+    return Opened(config, params, overlay, tokenizer, name)

@@ -8,10 +8,10 @@ from qtjax.tree import Tree, flatten, unflatten
 
 
 def learning_rate_schedule(train: TrainSection, total_steps: int) -> optax.Schedule:
-    """Learning rate by optimizer step: 0 -> peak over the warm-up, then a cosine to final_lr_fraction of it."""
+    """Learning rate by optimizer step: peak / (warm-up steps + 1) -> peak over the warm-up, then a cosine to final_lr_fraction of it."""
     warmup = min(round(train.warmup_fraction * total_steps), max(total_steps - 1, 0))
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup else train.learning_rate,
+        init_value=train.learning_rate / (warmup + 1),
         peak_value=train.learning_rate,
         warmup_steps=warmup,
         decay_steps=max(total_steps, 1),

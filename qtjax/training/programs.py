@@ -63,7 +63,8 @@ class Programs:
         shardings = subject.shardings(mesh)
         gradients = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), trainable)
         scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
-        key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere) if _uses_rng(subject) else None
+        uses_rng = subject.overlay is not None and subject.overlay.draws
+        key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere) if uses_rng else None
         jobs: dict[str, Callable[[], Any]] = {}
 
         def job(name: str, function: Callable, *arguments: Shapes, **options: Any) -> None:
@@ -103,15 +104,11 @@ class Programs:
         with ThreadPoolExecutor(2) as pool:  # XLA compiles outside Python's lock
             compiled = dict(zip(jobs, pool.map(compile_one, jobs)))
         self.count = len(compiled)
-        self.uses_rng = _uses_rng(subject)
+        self.uses_rng = uses_rng
         self.score = {rows: compiled[f"score {rows}"] for rows in shapes if f"score {rows}" in compiled}
         self.accumulate = {rows: compiled[f"accumulate {rows}"] for rows in shapes}
         self.decide = compiled.get("decide")
         self.zeros, self.update = compiled["zeros"], compiled["update"]
-
-
-def _uses_rng(subject: Subject) -> bool:
-    return subject.overlay is not None and getattr(subject.overlay.spec, "lora_dropout", 0.0) > 0
 
 
 def _accumulate(subject, mesh, trainable, frozen, gradients, loss, rows, key):

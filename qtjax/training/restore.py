@@ -15,7 +15,7 @@ from qtjax.tree import Tree
 
 
 def load_run(folder: str | Path) -> tuple[Config, models.ModelConfig, Tree, Overlay | None]:
-    """The newest checkpoint of a run on this machine's devices (data parallel).
+    """The newest checkpoint of a run, on its own mesh where the devices allow it, else data parallel.
 
     Returns: (Config, ModelConfig, params, overlay or None). Raises QtjaxError when the folder is no run folder or holds no
     readable checkpoint.
@@ -24,7 +24,10 @@ def load_run(folder: str | Path) -> tuple[Config, models.ModelConfig, Tree, Over
     if not (folder / "config.json").is_file():
         raise QtjaxError(f"{folder}: no config.json there, so this is no run folder; give the run.folder of a training run")
     config = from_json((folder / "config.json").read_text())
-    mesh = make_mesh(MeshSection())
+    try:
+        mesh = make_mesh(config.mesh)
+    except QtjaxError:  # other devices than the run had
+        mesh = make_mesh(MeshSection())
     model = load_model(config, mesh)
     state, frozen, _ = start(config, mesh, model, total_steps=1)
     checkpoints = RunState(folder / "checkpoints", config.train.keep_checkpoints)

@@ -3,16 +3,20 @@
 import contextlib
 import hashlib
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from qtjax import evals
+from qtjax.checkpoints import read_config, resolve_folder
 from qtjax.checkpoints.run_state import RunState
 from qtjax.config import Config
 from qtjax.data.dataset import TokenizedDataset
@@ -20,7 +24,8 @@ from qtjax.data.iterate import BatchPlan
 from qtjax.data.prepare import training_data
 from qtjax.data.tokenizer import check_vocabulary, load_tokenizer
 from qtjax.errors import QtjaxError
-from qtjax.parallel import batch_size, make_mesh
+from qtjax.models import ModelConfig
+from qtjax.parallel import batch_size, make_mesh, round_up
 from qtjax.report.progress import TrainingProgress
 from qtjax.training.ladder import ladder
 from qtjax.training.loop import Loop
@@ -28,6 +33,7 @@ from qtjax.training.optimizer import learning_rate_schedule
 from qtjax.training.programs import Programs
 from qtjax.training.run_folder import RunFolder
 from qtjax.training.setup import Model, checkpoint_tree, from_checkpoint, load_model, start
+from qtjax.tree import Tree
 
 
 class Interrupted(KeyboardInterrupt):
@@ -43,6 +49,7 @@ class Session:
     tokenizer: Any
     dataset: TokenizedDataset
     model: Model
+    held_out: evals.HeldOut | None
     loop: Loop
     checkpoints: RunState
     step: int
@@ -66,10 +73,13 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     begin = time.perf_counter()
     mesh = make_mesh(config.mesh)
     tokenizer = load_tokenizer(config.model.path)
+    shape = read_config(resolve_folder(config.model.path))
+    _check_fit(config, shape)
     dataset = training_data(config.data, tokenizer)
     console.print(f"data    {dataset.stats.line()}", highlight=False, soft_wrap=True)
+    check_vocabulary(tokenizer, shape.vocab_size, dataset.input_ids)
+    held_out = _held_out(config, shape, tokenizer)
     model = load_model(config, mesh)
-    check_vocabulary(tokenizer, model.config.vocab_size, dataset.input_ids)
     row_length = config.train.row_length or config.data.max_length
     plan = BatchPlan(
         len(dataset), config.prune.batch_size, config.train.seed, jax.process_index(), jax.process_count()
@@ -78,7 +88,7 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     state, frozen, optimizer = start(config, mesh, model, steps)
     shapes = ladder(config.train.rows, batch_size(mesh), config.train.shapes)
     loaded = time.perf_counter()
-    samples = -(-config.prune.batch_size // batch_size(mesh)) * batch_size(mesh)
+    samples = round_up(config.prune.batch_size, batch_size(mesh))
     quiet = contextlib.nullcontext(_Silent())  # without a terminal a spinner leaves blank lines
     with console.status("compiling") if console.is_terminal else quiet as status:
         programs = Programs(
@@ -98,7 +108,29 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     checkpoints = RunState(folder.checkpoints, config.train.keep_checkpoints)
     step = _resume(loop, checkpoints, folder, dataset, console)
     seconds = {"load": loaded - begin, "compile": compiled - loaded}
-    return Session(config, mesh, tokenizer, dataset, model, loop, checkpoints, step, steps, seconds)
+    return Session(config, mesh, tokenizer, dataset, model, held_out, loop, checkpoints, step, steps, seconds)
+
+
+def _held_out(config: Config, shape: ModelConfig, tokenizer: Any) -> evals.HeldOut | None:
+    """Held-out data, read before the model so that a mistake in it costs nothing."""
+    if not config.data.eval_path and not config.data.eval_fraction:
+        return None
+    tasks = ("loss", "exact_match") if config.eval.generate_samples else ("loss",)
+    return evals.load_held_out(config, shape, tokenizer, tasks)
+
+
+def _check_fit(config: Config, shape: ModelConfig) -> None:
+    """Raises QtjaxError for what would train and be wrong in silence."""
+    if config.data.max_length > shape.max_position_embeddings:
+        raise QtjaxError(
+            f"data.max_length = {config.data.max_length}: the model {config.model.path!r} has"
+            f" {shape.max_position_embeddings} positions (max_position_embeddings); lower it to that"
+        )
+    if config.overlay.method == "none" and config.model.param_dtype != "float32":
+        raise QtjaxError(
+            f"model.param_dtype = {config.model.param_dtype!r}: full-parameter training keeps float32 parameters, since small"
+            " updates vanish in 16 bits; set it to float32 (model.dtype may be bfloat16), or use an overlay"
+        )
 
 
 def fingerprint(dataset: TokenizedDataset) -> str:
@@ -109,11 +141,19 @@ def fingerprint(dataset: TokenizedDataset) -> str:
     return digest.hexdigest()
 
 
+def base_fingerprint(frozen: Tree) -> str:
+    """SHA-256 over a sum of every frozen leaf: an overlay resumes only on the base it began with; "" without one."""
+    if not frozen:
+        return ""
+    sums = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.sum(jnp.abs(x.astype(jnp.float32))), tree))(frozen)
+    return hashlib.sha256(np.asarray(jax.tree.leaves(sums), np.float32).tobytes()).hexdigest()
+
+
 def _resume(loop: Loop, checkpoints: RunState, folder: RunFolder, dataset: TokenizedDataset, console: Console) -> int:
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), checkpoint_tree(loop.state)
     )
-    found = checkpoints.restore(target)
+    found = checkpoints.restore(target, forget=True)
     if found is None:
         folder.cut_back(0)
         return 0
@@ -123,6 +163,11 @@ def _resume(loop: Loop, checkpoints: RunState, folder: RunFolder, dataset: Token
         raise QtjaxError(
             f"{folder.path}: data.path = {loop.config.data.path!r} holds other samples than when this run began; put the old"
             " data back, or choose another run.folder"
+        )
+    if found.meta["base"] != base_fingerprint(loop.frozen):
+        raise QtjaxError(
+            f"{folder.path}: model.path = {loop.config.model.path!r} holds other weights than when this run began; put the old"
+            " ones back, or choose another run.folder"
         )
     loop.state = from_checkpoint(loop.state, found.state)
     folder.cut_back(found.step)
@@ -134,8 +179,7 @@ def train_steps(session: Session, folder: RunFolder, *, quiet: bool = False) -> 
     """The remaining optimizer steps; records and checkpoints on the way. Raises Interrupted after a clean stop."""
     loop, last = session.loop, session.total_steps
     every = session.config.train.checkpoint_every
-    print_of = fingerprint(session.dataset)
-    saved = session.step
+    meta = {"data": fingerprint(session.dataset), "base": base_fingerprint(loop.frozen)}
     with (
         contextlib.ExitStack() as ending,
         _stop_requested() as stop,
@@ -149,12 +193,12 @@ def train_steps(session: Session, folder: RunFolder, *, quiet: bool = False) -> 
             if records is not None:
                 folder.log_samples(session.step, records)
             progress.update(session.step, metrics)
-            if session.step % every == 0 or session.step == last or stop:
+            stopping = bool(stop)  # read once: a signal may come between two looks
+            if session.step % every == 0 or session.step == last or stopping:
                 folder.flush()  # records first: a checkpoint never claims a step that they lack
-                session.checkpoints.save(session.step, checkpoint_tree(loop.state), {"data": print_of})
-                saved = session.step
-            if stop:
-                raise Interrupted(f"stopped after step {saved}")
+                session.checkpoints.save(session.step, checkpoint_tree(loop.state), meta)
+            if stopping:
+                raise Interrupted(f"stopped after step {session.step} of {last}")
 
 
 class _Silent:
@@ -173,6 +217,7 @@ def _stop_requested() -> Iterator[list[int]]:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
     try:
         before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

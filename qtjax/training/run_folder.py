@@ -73,10 +73,15 @@ class RunFolder:
             return cls(path, None, False)
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
+        if (path / "config.json").exists():
+            _check_is_run(path)  # before a lock file is left in somebody else's folder
         lock = _take_lock(path)
         try:
-            if (path / "config.json").exists():
+            if (path / "config.json").exists() and _begun(path):
                 _check_config(path, config)
+            elif (path / "config.json").exists():
+                # The run before this one ended before its first step (a typo in a path, say): nothing depends on its config.
+                write_atomic(path / "config.json", configs.to_json(config))
             else:
                 found = [name for name in _RECORDS if (path / name).exists()]
                 if found:
@@ -238,8 +243,26 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _begun(path: Path) -> bool:
+    """Whether anything was recorded under this folder's config."""
+    metrics = path / "metrics.jsonl"
+    saved = path / "checkpoints"
+    return (
+        (metrics.exists() and metrics.stat().st_size > 0)
+        or (path / "summary.json").exists()
+        or (saved.is_dir() and any(p.name.isdigit() for p in saved.iterdir()))
+    )
+
+
+def _check_is_run(path: Path) -> None:
+    raw = _read_json(path / "config.json")
+    if not isinstance(raw, dict) or not isinstance(raw.get("train"), dict):
+        raise QtjaxError(f"run.folder = {str(path)!r}: its config.json is not a run's (a model folder?); choose another run.folder")
+
+
 def _check_config(path: Path, config: Config) -> None:
     """Raises QtjaxError naming the fields in which the folder's config.json differs from `config`."""
+    _check_is_run(path)
     stored = {f"{s}.{k}": v for s, section in _read_json(path / "config.json").items() for k, v in section.items()}
     here = config.flat()
     names = [n for n in {**here, **stored} if n not in _FREE_FIELDS]

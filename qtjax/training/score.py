@@ -94,7 +94,7 @@ def eu_scores(
       target; count int32 [B] or [B, S]. A sample without targets has count 0, perplexity and entropy NaN. The first
       token of a row or segment is never a target.
     """
-    if segment_ids is not None and num_segments is None:
+    if segment_ids is not None and num_segments is None and not isinstance(segment_ids, jax.core.Tracer):
         num_segments = max(int(np.max(np.asarray(segment_ids), initial=0)), 1)
     rows = {
         "input_ids": input_ids,

@@ -1,8 +1,10 @@
 """The story of a run from its first line to its closing table: what `python -m qtjax.train` does."""
 
 import json
+import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ from qtjax.atomic import write_atomic
 from qtjax.checkpoints import save_adapter, save_pretrained
 from qtjax.config import Config
 from qtjax.data.prepare import training_rows
+from qtjax.errors import QtjaxError
 from qtjax.report.pictures import draw_run
 from qtjax.report.table import summary_table
 from qtjax.report.totals import totals
@@ -42,15 +45,14 @@ def run(config: Config, console: Console, *, quiet: bool = False) -> dict[str, A
 
 def _train(config: Config, folder: RunFolder, console: Console, begin: float, quiet: bool) -> dict[str, Any]:
     session = open_session(config, folder, console)
-    held_out = _held_out(session)
-    base = _base_evaluation(session, folder, held_out)
+    base = _base_evaluation(session, folder)
     train_steps(session, folder, quiet=quiet)
-    after = _evaluate(session, held_out)
+    after = _evaluate(session)
     if config.run.export:
         export(session, folder)
     steps = folder.read_metrics()
     summary = {"title": _title(config), "policy": config.prune.policy, **totals(steps)}
-    summary["evaluation"] = _evaluation(held_out, base, after)
+    summary["evaluation"] = _evaluation(session.held_out, base, after)
     summary["speed_up"] = _speed_up(session, summary["seconds"])
     summary["data"] = {
         "samples": len(session.dataset), "cut": session.dataset.stats.cut, "skipped": dict(session.dataset.stats.skipped)
@@ -72,34 +74,38 @@ def export(session: Session, folder: RunFolder) -> None:
     params, overlay = session.model.subject.join(session.loop.state.trainable, session.loop.frozen)
     if overlay is None:
         save_pretrained(folder.model, session.model.config, params, tokenizer_from=session.config.model.path)
+        save_template(folder.model, session.config)
     else:
         save_adapter(folder.model, overlay, session.config.model.path)
 
 
-def _held_out(session: Session) -> evals.HeldOut | None:
-    data = session.config.data
-    if not data.eval_path and not data.eval_fraction:
-        return None
-    tasks = ("loss", "exact_match") if session.config.eval.generate_samples else ("loss",)
-    return evals.load_held_out(session.config, session.model.config, session.tokenizer, tasks)
+def save_template(folder: Path, config: Config) -> None:
+    """A chat template that the config names goes along, so that the model is asked as it was trained."""
+    if config.data.chat_template not in ("auto", "none"):
+        write_atomic(folder / "chat_template.jinja", Path(config.data.chat_template).expanduser().read_text(encoding="utf-8"))
 
 
-def _evaluate(session: Session, held_out: evals.HeldOut | None) -> dict[str, Any]:
-    if held_out is None:
+def _evaluate(session: Session) -> dict[str, Any]:
+    if session.held_out is None:
         return {}
     params, overlay = session.model.subject.join(session.loop.state.trainable, session.loop.frozen)
     results = evals.evaluate(
-        session.config, session.model.config, params, session.tokenizer, held_out, overlay=overlay, mesh=session.mesh
+        session.config, session.model.config, params, session.tokenizer, session.held_out, overlay=overlay, mesh=session.mesh
     )
     return {name: result.summary() for name, result in results.items()}
 
 
-def _base_evaluation(session: Session, folder: RunFolder, held_out: evals.HeldOut | None) -> dict[str, Any]:
-    """The untrained model's results; measured at step 0 and read back by a resumed run."""
+def _base_evaluation(session: Session, folder: RunFolder) -> dict[str, Any]:
+    """The untrained model's results; measured at step 0 and read back by a resumed run. QtjaxError if its loss is NaN."""
     file = folder.path / "base.json"
     if file.exists():
         return json.loads(file.read_text())
-    base = _evaluate(session, held_out) if session.step == 0 else {}
+    base = _evaluate(session) if session.step == 0 else {}
+    if base and not math.isfinite(base["loss"]["loss"]):
+        raise QtjaxError(
+            f"model.path = {session.config.model.path!r}: its held-out loss is {base['loss']['loss']} before any training; the"
+            " weights hold NaN, or overflow model.dtype: try float32"
+        )
     if folder.writes:
         write_atomic(file, json.dumps(base, indent=2) + "\n")
     return base
@@ -117,7 +123,8 @@ def _evaluation(held_out: evals.HeldOut | None, base: Mapping[str, Any], after: 
     generated = len(held_out.prompts) if held_out.prompts is not None else 0
     by_task = after.get("exact_match", {}).get("by_task", {})
     return {
-        "samples": len(held_out.dataset), "generated": generated, "base": short(base), "after": short(after), "by_task": by_task
+        "samples": len(held_out.dataset), "generated": generated, "base": short(base), "after": short(after), "by_task": by_task,
+        "skipped": held_out.skipped,
     }  # fmt: skip
 
 

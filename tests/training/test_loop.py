@@ -19,7 +19,7 @@ QUIET = Console(quiet=True)
 
 
 @pytest.fixture
-def opened(tiny_config):
+def opened(tiny_config, tmp_path):
     """open(**changes) -> Session; run folders are closed at the end."""
     folders = []
 
@@ -29,6 +29,7 @@ def opened(tiny_config):
         folders.append(folder)
         return open_session(config, folder, QUIET)
 
+    make.root = tmp_path
     yield make
     for folder in folders:
         folder.close()
@@ -174,6 +175,33 @@ def test_lora_trains_the_overlay_and_leaves_the_base(opened):
     for path, leaf in flatten(loop.frozen["params"]).items():
         np.testing.assert_array_equal(leaf, flatten(before)[path])
     assert worst(loop.state.trainable, start) > 1e-3
+
+
+def test_dropout_reaches_the_step(opened):
+    """lora_dropout changes a step's gradient, and the same seed gives the same one again."""
+    norms = []
+    for rate, folder in ((0.0, "a"), (0.5, "b"), (0.5, "c")):
+        flags = {"overlay.method": "lora", "overlay.lora_dropout": rate, "prune.sample_pruner": "none"}
+        session = opened(**flags, **{"run.folder": f"{opened.root}/{folder}"})
+        norms.append(session.loop.step(0, session.total_steps)[0]["grad_norm"])
+    assert norms[0] != pytest.approx(norms[1], rel=1e-3) and norms[1] == norms[2]
+
+
+def test_scores_that_are_nan_stop_the_run(opened):
+    """A model that yields NaN is not a batch without targets: the run stops and says so."""
+    session = opened()
+    weight = session.loop.state.trainable["norm"]["weight"]
+    session.loop.state.trainable["norm"]["weight"] = weight.at[0].set(jnp.nan)
+    with pytest.raises(QtjaxError, match="step 1: the scores of 16 samples are NaN"):
+        session.loop.step(0, session.total_steps)
+
+
+def test_what_would_train_wrong_in_silence_is_refused(opened):
+    """More tokens than positions, and full-parameter training in 16 bits."""
+    with pytest.raises(QtjaxError, match="data.max_length = 256.*128 positions"):
+        opened(**{"data.max_length": 256, "train.row_length": 256})
+    with pytest.raises(QtjaxError, match="model.param_dtype = 'bfloat16'.*float32"):
+        opened(**{"model.param_dtype": "bfloat16", "run.folder": f"{opened.root}/other"})
 
 
 def test_a_diverged_loss_stops_with_step_and_remedy(opened):

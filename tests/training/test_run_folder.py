@@ -30,6 +30,12 @@ def config_of(path, **changes):
     return override(Config(), {"run.folder": str(path), **{k.replace("__", "."): v for k, v in changes.items()}})
 
 
+def begin(path):
+    """A run folder with one step done."""
+    with RunFolder.open(config_of(path)) as folder:
+        folder.log_step(1, {"loss": 1.0})
+
+
 def columns_of(step, size=3):
     """Records that depend on the step alone, one of the `size` rows being padding."""
     rng = np.random.default_rng(step)
@@ -266,7 +272,7 @@ def test_no_step_is_recorded_twice_or_left_out(tmp_path):
 
 def test_another_config_is_named_field_by_field(tmp_path):
     """A folder of another config is one line with each differing field, both values and the remedy; its place may differ."""
-    RunFolder.open(config_of(tmp_path / "run")).close()
+    begin(tmp_path / "run")
     RunFolder.open(config_of(tmp_path / "run", run__compile_cache="elsewhere")).close()
     shutil.move(tmp_path / "run", tmp_path / "moved")
     RunFolder.open(config_of(tmp_path / "moved")).close()
@@ -281,7 +287,7 @@ def test_another_config_is_named_field_by_field(tmp_path):
 
 def test_a_config_of_another_version_is_named_too(tmp_path):
     """Fields that only one side knows count as differences."""
-    RunFolder.open(config_of(tmp_path)).close()
+    begin(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     stored["train"]["gone"] = 1
     del stored["train"]["seed"]
@@ -304,9 +310,22 @@ def test_one_process_at_a_time(tmp_path):
     RunFolder.open(config).close()
 
 
+def test_a_start_that_failed_does_not_bind_the_folder(tmp_path):
+    """Before the first step another config may take the folder over; a model's folder is never taken, nor locked."""
+    RunFolder.open(config_of(tmp_path / "run", data__path="typo.jsonl")).close()
+    with RunFolder.open(config_of(tmp_path / "run", data__path="rows.jsonl")) as folder:
+        assert json.loads((folder.path / "config.json").read_text())["data"]["path"] == "rows.jsonl"
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(QtjaxError, match="not a run's"):
+        RunFolder.open(config_of(model))
+    assert [p.name for p in model.iterdir()] == ["config.json"]
+
+
 def test_a_failed_opening_lets_go(tmp_path):
     """After an opening that raised, the folder is free."""
-    RunFolder.open(config_of(tmp_path)).close()
+    begin(tmp_path)
     with pytest.raises(QtjaxError, match="another config"):
         RunFolder.open(config_of(tmp_path, train__seed=5))
     RunFolder.open(config_of(tmp_path)).close()
