@@ -60,12 +60,10 @@ class RunState:
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
-    def restore(self, target: Any, *, forget: bool = False) -> Restored | None:
+    def restore(self, target: Any) -> Restored | None:
         """The newest readable checkpoint, or None if there is none.
 
-        Args:
-          target: a tree of arrays or jax.ShapeDtypeStruct with shardings; its structure and shapes must match.
-          forget: remove newer, unreadable ones, so that their steps can be saved again (only the run itself may).
+        Args: target: a tree of arrays or jax.ShapeDtypeStruct with shardings; its structure and shapes must match.
         Raises QtjaxError when there are checkpoints and none can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -82,8 +80,6 @@ class RunState:
             if found.meta is None or found.state is None:
                 skipped.append(step)
                 continue
-            if forget:
-                self._forget(skipped)
             return Restored(step, found.state, found.meta, skipped)
         if skipped:
             raise QtjaxError(
@@ -92,8 +88,8 @@ class RunState:
             )
         return None
 
-    def _forget(self, steps: list[int]) -> None:
-        """Removes unreadable checkpoints, so that their steps can be saved again."""
+    def forget(self, steps: list[int]) -> None:
+        """Removes unreadable checkpoints, so that their steps can be saved again; only the run itself may."""
         if not steps:
             return
         self._manager.close()

@@ -153,7 +153,7 @@ def _resume(loop: Loop, checkpoints: RunState, folder: RunFolder, dataset: Token
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), checkpoint_tree(loop.state)
     )
-    found = checkpoints.restore(target, forget=True)
+    found = checkpoints.restore(target)
     if found is None:
         folder.cut_back(0)
         return 0
@@ -171,6 +171,7 @@ def _resume(loop: Loop, checkpoints: RunState, folder: RunFolder, dataset: Token
         )
     loop.state = from_checkpoint(loop.state, found.state)
     folder.cut_back(found.step)
+    checkpoints.forget(found.skipped)
     console.print(f"resume  from step {found.step}", highlight=False)
     return found.step
 
