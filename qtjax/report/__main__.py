@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -20,6 +21,11 @@ def main(argv: list[str] | None = None) -> None:
         "--out", default="", metavar="FOLDER", help="where the pictures go (default: RUN_FOLDER/pictures)"
     )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+
+    def fail(message: str) -> NoReturn:
+        raise QtjaxError(f"{message}; --help lists every flag")
+
+    parser.error = fail
     given = parser.parse_args(argv)
     folder = Path(given.run_folder)
     if not (folder / "config.json").is_file():

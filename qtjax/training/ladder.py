@@ -10,7 +10,7 @@ def ladder(rows: int, ways: int, shapes: int) -> tuple[int, ...]:
 
 
 def cut(count: int, shapes: tuple[int, ...]) -> list[int]:
-    """Shapes to launch, in order, that hold `count` rows with the fewest empty ones; [] for no rows.
+    """Shapes to launch, in order, that hold `count` rows: the largest that are filled, then the smallest; [] for no rows.
 
     cut(7, (4, 2, 1)) == [4, 2, 1]; cut(5, (4,)) == [4, 4].
     """
