@@ -21,6 +21,8 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
+    "tekken.json",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
