@@ -35,7 +35,7 @@ def configs(given: dict) -> dict[tuple[str, str, str], Config]:
     """(data, method, pruning) -> config."""
     data = {
         "GSM8K": {"data.path": given["gsm8k-train"], "data.eval_path": given["gsm8k-test"], "data.max_length": 512},
-        "ARC-Easy": {"data.path": given["arc-train"], "data.eval_path": given["arc-test"], "data.max_length": 256},
+        "ARC-Easy": {"data.path": given["arc-train"], "data.eval_path": given["arc-test"], "data.max_length": 512},
     }
     for flags in data.values():
         if not flags["data.path"] or not flags["data.eval_path"]:
