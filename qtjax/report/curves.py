@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from qtjax.errors import QtjaxError
 from qtjax.report.quadrants import QUADRANT_NAMES
-from qtjax.report.style import BLUE, INK, KIND_COLORS, QUADRANT_COLORS, SKY, VERMILION, save, tidy
+from qtjax.report.style import BLUE, INK, KIND_COLORS, QUADRANT_COLORS, SKY, VERMILION, save, tidy, title_size
 
 _FEW = 60  # up to so many steps a step is drawn by itself
 
@@ -38,7 +38,8 @@ def draw_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike, *
     rows = (len(panels) + 1) // 2
     figure = Figure(figsize=(11, 0.9 + 3.7 * rows), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12)
-    figure.suptitle(title or "Training", fontsize=15, fontweight="bold", color=INK, x=0.015, ha="left")
+    head = title or "Training"
+    figure.suptitle(head, fontsize=title_size(head, 78), fontweight="bold", color=INK, x=0.015, ha="left")
     grid = figure.add_gridspec(rows, 2)
     for i, panel in enumerate(panels):
         alone = i == len(panels) - 1 and i % 2 == 0  # the last of three takes the whole lower row

@@ -25,7 +25,7 @@ def draw_run(
     Returns: the paths, the plane first. Raises QtjaxError if the disk refuses.
     """
     folder, paths = Path(folder), []
-    head = f"{title}\n" if title else ""
+    head = f"{title}: " if title else ""
     scored = samples.filter(pc.and_(pc.is_finite(samples["perplexity"]), pc.is_finite(samples["entropy"])))
     if scored.num_rows:
         epochs = sorted(set(pc.unique(scored["epoch"]).to_pylist()))

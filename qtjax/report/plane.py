@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocato
 
 from qtjax.errors import QtjaxError
 from qtjax.report.quadrants import QUADRANT_NAMES
-from qtjax.report.style import GREY, INK, KIND_COLORS, PALE, QUADRANT_COLORS, save, tidy
+from qtjax.report.style import GREY, INK, KIND_COLORS, PALE, QUADRANT_COLORS, save, tidy, title_size
 
 _MARKERS = {"q2": "^", "q4": "o", "q3": "s", "supplement": "D"}
 _LABELS = {
@@ -94,7 +94,8 @@ def draw_plane(
     _ticks(axes)
     axes.set_xlabel("entropy: uncertainty (nats per token)", fontsize=11, color=INK)
     axes.set_ylabel("perplexity: error (log scale)", fontsize=11, color=INK)
-    figure.text(0.02, 0.972, title or "EU plane", fontsize=15, fontweight="bold", color=INK, va="center")
+    head = title or "EU plane"
+    figure.text(0.02, 0.972, head, fontsize=title_size(head, 64), fontweight="bold", color=INK, va="center")
     _legend(figure, kinds, total)
     drawn = sum(len(index) for index in chosen.values())
     caption = _caption(total, left_out, int((beyond_x | beyond_y).sum()), drawn if crowded else 0, kinds)

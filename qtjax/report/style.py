@@ -17,6 +17,11 @@ KIND_COLORS = {"q2": VERMILION, "q4": BLUE, "q3": PURPLE, "supplement": GREEN}
 QUADRANT_COLORS = {1: "#4D4D4D", 2: VERMILION, 3: PURPLE, 4: BLUE}
 
 
+def title_size(text: str, fitting: int) -> float:
+    """Font size in points: 15, or what lets a title of more than `fitting` characters fit the width."""
+    return min(15.0, 15.0 * fitting / max(len(text), 1))
+
+
 def tidy(axes: Axes) -> None:
     """No box, a light grid behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
