@@ -42,7 +42,7 @@ def configs(given: dict) -> dict[tuple[str, str, str], Config]:
             raise QtjaxError("--gsm8k-train, --gsm8k-test, --arc-train and --arc-test: all four files are needed")
     common = {
         "model.path": given["model"], "data.max_samples": given["samples"], "train.epochs": float(given["epochs"]),
-        "prune.batch_size": 64, "train.row_length": 512, "train.rows": 8, "train.shapes": 3, "eval.max_samples": 300,
+        "prune.batch_size": 64, "train.row_length": 512, "train.rows": 8, "train.shapes": 3, "eval.max_samples": 128,
         "run.export": False, "run.tensorboard": False, "train.checkpoint_every": 1000, "train.seed": given["seed"],
         "run.compile_cache": str(Path(given["out"]) / "compile_cache"),
     }  # fmt: skip
@@ -85,7 +85,7 @@ def main() -> None:
             "model": ("", "HF folder of the checkpoint"), "gsm8k-train": ("", "gsm8k_train.jsonl"),
             "gsm8k-test": ("", "gsm8k_test.jsonl"), "arc-train": ("", "ARC-Easy train.json"),
             "arc-test": ("", "ARC-Easy test.json"), "out": ("runs/real", "folder of the runs"),
-            "samples": (1024, "training rows of each set"), "epochs": (1.0, "passes over them"), "seed": (0, "of shuffling"),
+            "samples": (512, "training rows of each set"), "epochs": (1.0, "passes over them"), "seed": (0, "of shuffling"),
         },
     )  # fmt: skip
     table = configs(given)
