@@ -54,19 +54,16 @@ def test_protected_targets_stay_within_the_budget_if_they_can():
 
 
 def plain(nll, mask, keep, weight, neighbors, protect):
-    """eq. 7 with lists and loops in float32 (lambda 0, 1/2, 1 make every product exact)."""
+    """eq. 7 with lists and loops in float64: (s by token, protected tokens, number kept)."""
     T = [t for t, on in enumerate(mask) if on]
-    if not T:
-        return []
-    ppl = {t: np.exp(np.float32(min(nll[t], 50))) for t in T}
+    ppl = {t: math.exp(min(float(nll[t]), 50.0)) for t in T}
     s = {}
     for i, t in enumerate(T):
         before, after = ppl[T[max(i - 1, 0)]], ppl[T[min(i + 1, len(T) - 1)]]
-        around = before + after if neighbors == "sum" else (before + after) / np.float32(2)
-        s[t] = np.float32(1 - weight) * ppl[t] + np.float32(weight) * around
+        around = before + after if neighbors == "sum" else (before + after) / 2
+        s[t] = (1 - weight) * ppl[t] + weight * around
     must = [t for t in T if protect[t]]
-    count = max(1, math.floor(keep * len(T) + 1e-6), len(must))
-    return sorted(sorted(T, key=lambda t: (t not in must, s[t], t))[:count])
+    return s, must, max(1, math.floor(keep * len(T) + 1e-6), len(must)) if T else 0
 
 
 @settings(deadline=None, max_examples=300)
@@ -86,7 +83,13 @@ def test_equals_a_plain_loop(rows, keep, weight, neighbors):
     protect = np.array([[slot[2] == 0 for slot in row] for row in rows])
     got = np.asarray(select_tokens(nll, mask, keep, weight, neighbors, protect))
     for b in range(3):
-        assert np.flatnonzero(got[b]).tolist() == plain(nll[b], mask[b], keep, weight, neighbors, protect[b])
+        s, must, count = plain(nll[b], mask[b], keep, weight, neighbors, protect[b])
+        kept = np.flatnonzero(got[b]).tolist()
+        assert len(kept) == count and set(must) <= set(kept) <= set(s)
+        # Sums that are equal on paper round apart in float32, so a tie across the cut may fall either way here; which
+        # of two truly equal scores stays is a hand table below.
+        free, dropped = [s[t] for t in kept if t not in must], [s[t] for t in s if t not in kept]
+        assert not free or not dropped or max(free) <= min(dropped) * (1 + 1e-6)
 
 
 def test_degenerate_rows():
