@@ -9,7 +9,7 @@ Data      corpus.jsonl, 25 % novels published up to 1900 and 75 % lessons that q
 Cost      6.3 million FLOPs a token; the card says what it took.
 Expected  loss from 7.6 = ln 2048 at the start; the lessons end far lower than the novels.
 Command   two runs: copying exercises first, on which attention to the context forms within 600 steps (their loss falls
-          from 2.3 to 0.8), then the corpus from where that ended:
+          from 2.5 at step 120 to 0.8), then the corpus from where that ended:
             python -m qtjax.smol.corpus --primer --out primer.jsonl --tokens 1000000 --seed 0
             python -m qtjax.train --config configs/pretrain_smol.py --model.random-init true --data.path primer.jsonl \
               --train.max-steps 600 --train.final-lr-fraction 1 --run.folder runs/primer_smol
