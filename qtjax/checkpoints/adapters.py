@@ -20,11 +20,15 @@ from qtjax import models
 from qtjax.atomic import disk_errors, write_atomic
 from qtjax.checkpoints.folder import read_json
 from qtjax.errors import QtjaxError, near_names
-from qtjax.overlays import METHODS, Overlay
-from qtjax.tree import Tree, describe_difference
+from qtjax.overlays import METHODS, Overlay, method_named
+from qtjax.overlays import leaves as table
+from qtjax.overlays.base import Base
+from qtjax.tree import Tree, describe_difference, flatten
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+TRAINABLE = "qtjax_trainable.safetensors"  # where PEFT's file is a derived form, or PEFT lacks the method
+STACK = "qtjax_stack.json"
 _PICKLED = "adapter_model.bin"
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
@@ -37,7 +41,8 @@ def adapter_state_dict(overlay: Overlay) -> dict[str, np.ndarray]:
     A gradient with respect to the trainables has the same tree, so that its tensors by PEFT's names are
     `adapter_state_dict(overlay.replace(params=gradient))`.
     """
-    return METHODS[overlay.method].tensors(overlay.spec, *jax.tree.map(_host, (overlay.params, overlay.frozen)))
+    own = method_named(overlay.method)
+    return table.tensors(own.leaves(overlay.spec), *jax.tree.map(_host, (overlay.params, overlay.frozen)))
 
 
 def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") -> None:
@@ -49,23 +54,52 @@ def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") 
     On several hosts every process must call it; process 0 writes. Raises QtjaxError if the disk
     refuses; a file of an earlier adapter is then left as it was.
     """
-    folder = Path(path)
-    tensors = {k: np.ascontiguousarray(v, np.float32) for k, v in adapter_state_dict(overlay).items()}
+    folder, own = Path(path), method_named(overlay.method)
+    if isinstance(overlay.spec, tuple) and "+" in overlay.method:
+        _save_stack(folder, overlay, base_model_name)
+        return
+    files = {}
+    if own.file is not None or not own.in_peft:
+        files[TRAINABLE] = adapter_state_dict(overlay)
+    if own.in_peft:
+        host = jax.tree.map(_host, (overlay.params, overlay.frozen))
+        files[WEIGHTS] = own.file(overlay.spec, *host) if own.file is not None else adapter_state_dict(overlay)
     fields = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name or None,
         "revision": None,
         "inference_mode": True,
-        **METHODS[overlay.method].to_peft(overlay.spec),
+        **own.to_peft(overlay.spec),
     }
     if jax.process_index() != 0:
         return
     with disk_errors(folder, "making the folder"):
         folder.mkdir(parents=True, exist_ok=True)
     # The weights first: to every reader a folder without its config is no adapter.
-    write_atomic(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    for name in (WEIGHTS, TRAINABLE):
+        if name in files:
+            write_atomic(folder / name, save({k: _plain(v) for k, v in files[name].items()}, metadata={"format": "pt"}))
+        else:
+            (folder / name).unlink(missing_ok=True)
     # Fields in the order given: of overlapping patterns the first wins, so sorting keys would change scales.
     write_atomic(folder / CONFIG, json.dumps(fields, indent=2) + "\n")
+
+
+def _save_stack(folder: Path, overlay: Overlay, base_model_name: str) -> None:
+    """Each part is a folder of its own that its own readers load."""
+    names = overlay.method.split("+")
+    for name, part in zip(names, stack_parts(overlay)):
+        save_adapter(folder / name, part, base_model_name)
+    if jax.process_index() == 0:
+        write_atomic(folder / STACK, json.dumps({"parts": names}, indent=2) + "\n")
+
+
+def stack_parts(overlay: Overlay) -> list[Overlay]:
+    """The overlays that a stack "a+b" is made of."""
+    return [
+        Overlay(name, spec, overlay.params.get(name, {}), overlay.frozen.get(name, {}))
+        for name, spec in zip(overlay.method.split("+"), overlay.spec)
+    ]
 
 
 def load_adapter(path: str | Path, config: models.ModelConfig, params: Tree | None) -> Overlay:
@@ -79,23 +113,37 @@ def load_adapter(path: str | Path, config: models.ModelConfig, params: Tree | No
     supported (named), and tensors that are missing, unknown or mis-shaped for this base (listed).
     """
     folder = Path(path)
+    if (folder / STACK).is_file():
+        return _load_stack(folder, config, params)
     peft_config = _read_config(folder)
     method = _method(folder, peft_config)
-    base = models.abstract_params(config) if params is None else params
+    own = METHODS[method]
+    base = Base(config, flatten(models.abstract_params(config) if params is None else params))
     try:
-        spec = METHODS[method].from_peft(base, peft_config)
+        spec = own.read(base, peft_config, False)
     except QtjaxError as error:
         raise QtjaxError(f"{folder / CONFIG}: {error}") from None
-    tensors = _read_tensors(folder)
-    difference = describe_difference(_expected(method, spec), tensors)
+    derived = own.file is not None and not (folder / TRAINABLE).is_file()
+    name = WEIGHTS if own.in_peft and (own.file is None or derived) else TRAINABLE
+    tensors = _read_tensors(folder, name)
+    leaves = own.leaves(spec)
+    expected = jax.eval_shape(lambda trees: (own.file(spec, *trees) if derived else table.tensors(leaves, *trees)), table.abstract(leaves))
+    difference = describe_difference(expected, tensors)
     if difference:
-        raise QtjaxError(f"{folder / WEIGHTS}: does not fit {CONFIG} and this base model: {difference}")
-    return Overlay(method, spec, *METHODS[method].trees(spec, tensors))
+        raise QtjaxError(f"{folder / name}: does not fit {CONFIG} and this base model: {difference}")
+    if derived:
+        return Overlay(method, *own.from_file(spec, tensors))
+    return Overlay(method, spec, *table.trees(leaves, tensors))
 
 
-def _expected(method: str, spec: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the file must hold: the method's own naming, applied to the shapes of an overlay with these settings."""
-    return jax.eval_shape(lambda trees: METHODS[method].tensors(spec, *trees), METHODS[method].abstract(spec))
+def _load_stack(folder: Path, config: models.ModelConfig, params: Tree | None) -> Overlay:
+    names = read_json(folder / STACK).get("parts")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise QtjaxError(f"{folder / STACK}: must name the parts of the stack, {{'parts': ['lora', ...]}}")
+    parts = [load_adapter(folder / name, config, params) for name in names]
+    method_named("+".join(names))
+    trees = ({name: getattr(part, tree) for name, part in zip(names, parts)} for tree in ("params", "frozen"))
+    return Overlay("+".join(names), tuple(part.spec for part in parts), *trees)
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
@@ -117,10 +165,10 @@ def _method(folder: Path, peft_config: Mapping[str, Any]) -> str:
     return claiming[0]
 
 
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    file = folder / WEIGHTS
+def _read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, np.ndarray]:
+    file = folder / name
     if not file.is_file():
-        if (folder / _PICKLED).is_file():
+        if name == WEIGHTS and (folder / _PICKLED).is_file():
             raise QtjaxError(
                 f"{folder / _PICKLED}: pickled weights can run code and are not read; load them with peft and save them"
                 f" with safe_serialization=True, which writes {WEIGHTS}"
@@ -136,6 +184,12 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     if odd:
         raise QtjaxError(f"{file}: {odd[0]!r} is stored as {tensors[odd[0]].dtype.name}; readable are {', '.join(_FLOATS)}")
     return tensors
+
+
+def _plain(value: Any) -> np.ndarray:
+    """Contiguous, floats as float32, the file's dtype; indices as they are."""
+    value = np.asarray(value)
+    return np.ascontiguousarray(value, np.float32 if np.issubdtype(value.dtype, np.floating) else value.dtype)
 
 
 def _host(value: Any) -> np.ndarray:

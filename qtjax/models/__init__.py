@@ -1,21 +1,26 @@
 """The decoder behind one door: plain parameter trees and pure functions."""
 
-from qtjax.models.api import abstract_params, apply, head, head_kernel, hidden_states, init_params, logical_axes, segments
+from qtjax.models.api import abstract_params, apply, hidden_states, init_params, logical_axes, logits, readout, segments
 from qtjax.models.config import ModelConfig, RopeScaling
-from qtjax.models.edits import LinearEdit
+from qtjax.models.edits import AttentionEdit, EmbeddingEdit, Edits, LinearEdit, NormEdit, combine_trees
 from qtjax.models.generate import generate
 
 __all__ = [
+    "AttentionEdit",
+    "Edits",
+    "EmbeddingEdit",
     "LinearEdit",
     "ModelConfig",
+    "NormEdit",
     "RopeScaling",
     "abstract_params",
     "apply",
+    "combine_trees",
     "generate",
-    "head",
-    "head_kernel",
     "hidden_states",
     "init_params",
     "logical_axes",
+    "logits",
+    "readout",
     "segments",
 ]

@@ -2,15 +2,16 @@
 
 import re
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from qtjax.models.attention import visible
+from qtjax.models.attention import among_virtual, sees_virtual, visible
 from qtjax.models.config import ModelConfig
 from qtjax.models.decoder import Decoder
+from qtjax.models.edits import Edits
 from qtjax.tree import Tree, flatten, match_rules, unflatten
 
 # Which logical axis each dimension of a leaf is; parallel/sharding.py maps these names to mesh axes.
@@ -53,13 +54,6 @@ def logical_axes(config: ModelConfig) -> Tree:
     return unflatten(match_rules(paths, rules))
 
 
-def _variables(params: Tree, overlay: Any, rng: Array | None) -> dict[str, Tree]:
-    variables = {"params": params}
-    if overlay is not None:
-        variables["overlay"] = overlay.sites(rng)
-    return variables
-
-
 def segments(input_ids: Array, attention_mask: Array | None, segment_ids: Array | None) -> Array:
     """int32 [B, L]: the segment of every slot, 0 where nothing real stands."""
     own = jnp.ones(input_ids.shape, jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
@@ -82,36 +76,101 @@ def hidden_states(
     Args:
       input_ids: int [B, L]. attention_mask: [B, L], 1 for real tokens. position_ids: int [B, L], default arange.
       segment_ids: int [B, L], 0 for padding; a token sees only its own nonzero segment.
-      overlay: parameter-efficient overlay or None; task_ids: int [B] for overlays that choose by task.
-      rng: key for an overlay's dropout; None means none.
+      overlay: parameter-efficient overlay or None; task_ids: int [B] or [B, L] for overlays that choose by task.
+      rng: key for what an overlay draws in training (dropout); None draws nothing.
+    Virtual tokens of an overlay stand before the row once; every segment sees them, and its positions start after them.
     Returns: [B, L, D] in config.dtype; exactly zero, with zero gradient, at slots that hold nothing real.
     """
-    del task_ids  # no overlay method of today chooses by task
-    length = input_ids.shape[1]
     segment = segments(input_ids, attention_mask, segment_ids)
     if position_ids is None:
-        position_ids = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), input_ids.shape)
-    slots = jnp.arange(length)
-    mask = visible(slots, slots, segment, segment, config.sliding_window)
-    hidden, _ = Decoder(config).apply(_variables(params, overlay, rng), input_ids, position_ids, mask)
-    return jnp.where((segment != 0)[..., None], hidden, 0)
+        position_ids = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
+    row = _Row(input_ids, position_ids, segment, _offsets(segment, segment_ids is not None), task_ids)
+    if overlay is None:
+        return _run(config, params, row, Edits({}))
+    hidden = _run(config, params, row, overlay.expand(rng, task_ids))
+    if overlay.two_passes:
+        hidden = _run(config, params, row, overlay.expand(rng, task_ids, jax.lax.stop_gradient(hidden)))
+    return hidden
 
 
-def head(config: ModelConfig, params: Tree, overlay: Any = None) -> tuple[Array, str]:
-    """The vocabulary projection as it is stored, in config.dtype, and its layout for `scoring`.
+class _Row(NamedTuple):
+    input_ids: Array
+    position_ids: Array
+    segment: Array
+    offset: Array
+    task_ids: Array | None
 
-    Returns: ([D, V], "dv"), or ([V, D], "vd") for a tied embedding: transposing it would copy it.
+
+def _offsets(segment: Array, packed: bool) -> Array:
+    """int [B, L]: slots since the segment began in a packed row, since the row began in a padded one (as HF counts)."""
+    slots = jnp.broadcast_to(jnp.arange(segment.shape[1]), segment.shape)
+    if not packed:
+        return slots
+    fresh = jnp.concatenate([jnp.ones_like(segment[:, :1], bool), segment[:, 1:] != segment[:, :-1]], axis=1)
+    return slots - jax.lax.cummax(jnp.where(fresh, slots, 0), axis=1)
+
+
+def variables(params: Tree, edits: Edits) -> dict[str, Tree]:
+    """The decoder's variable collections."""
+    return {"params": params} | ({"overlay": edits.tree} if edits.tree else {}) | ({"shared": edits.shared} if edits.shared else {})
+
+
+def _run(config: ModelConfig, params: Tree, row: _Row, edits: Edits) -> Array:
+    slots, window = jnp.arange(row.input_ids.shape[1]), config.sliding_window
+    mask = visible(slots, slots, row.segment, row.segment, window)
+    positions, virtual, extra = row.position_ids, None, 0
+    if edits.prefix:
+        positions = positions + edits.prefix
+        mask = jnp.concatenate([sees_virtual(row.offset, row.segment, edits.prefix, window), mask], axis=-1)
+    if edits.virtual is not None:
+        virtual, same = edits.virtual, None
+        groups, count = virtual.shape[:2]
+        if groups > 1 and row.task_ids.ndim == 1:  # one task a row: only its own tokens stand before it
+            virtual, groups = jnp.take(virtual, row.task_ids, axis=0), 1
+        else:
+            same = row.task_ids[..., None] == jnp.arange(groups) if groups > 1 else None
+            virtual = virtual.reshape(-1, virtual.shape[-1])
+        extra, batch = groups * count, row.input_ids.shape[0]
+        seen = sees_virtual(row.offset, row.segment, count, window, same)
+        top = jnp.pad(among_virtual(groups, count, window), ((0, 0), (0, mask.shape[-1])))
+        top = jnp.broadcast_to(top[None, None], (batch, 1, *top.shape))
+        mask = jnp.concatenate([top, jnp.concatenate([seen, mask], axis=-1)], axis=2)
+        own = jnp.broadcast_to(jnp.tile(jnp.arange(count, dtype=positions.dtype), groups), (batch, extra))
+        positions = jnp.concatenate([own, positions + count], axis=1)
+    hidden, _ = Decoder(config).apply(variables(params, edits), row.input_ids, positions, mask, virtual=virtual)
+    return jnp.where((row.segment != 0)[..., None], hidden[:, extra:], 0)
+
+
+def readout(
+    config: ModelConfig, params: Tree, hidden: Array, overlay: Any = None, rng: Array | None = None
+) -> tuple[Array, Array, str]:
+    """Hidden states and the vocabulary projection as it is stored, in config.dtype: logits are their product.
+
+    A low-rank edit of the head makes both longer by R ([h, narrow(h)] and [W; up]): no full copy of its gradient.
+    Returns: (hidden [..., D or D + R], kernel, layout): kernel [D, V] is "dv"; [V, D], "vd", for a tied embedding, since
+      transposing it would copy it.
     """
-    del overlay  # today's methods leave the head alone
-    tied = config.tie_word_embeddings
-    kernel = params["embed_tokens"]["embedding"] if tied else params["lm_head"]["kernel"]
-    return kernel.astype(jnp.dtype(config.dtype)), "vd" if tied else "dv"
+    dtype = jnp.dtype(config.dtype)
+    edit = None
+    if overlay is not None:
+        edit = overlay.expand(rng).tree.get("lm_head", {}).get("edit")
+    tied = config.tie_word_embeddings and (edit is None or edit.kernel is None)
+    kernel, layout = (params["embed_tokens"]["embedding"], "vd") if tied else (params.get("lm_head", {}).get("kernel"), "dv")
+    if edit is None:
+        return hidden, kernel.astype(dtype), layout
+    kernel = (kernel if edit.kernel is None else edit.kernel).astype(dtype)
+    if edit.down is not None:
+        axis = 0 if layout == "dv" else 1
+        up = edit.up if edit.out is None else edit.up * edit.out
+        hidden = jnp.concatenate([hidden, edit.narrow(hidden)], axis=-1)
+        kernel = jnp.concatenate([kernel, (up if layout == "dv" else up.T).astype(dtype)], axis=axis)
+    return hidden, kernel, layout
 
 
-def head_kernel(config: ModelConfig, params: Tree, overlay: Any = None) -> Array:
-    """The vocabulary projection [D, V] in config.dtype, for a plain product with hidden states."""
-    kernel, layout = head(config, params, overlay)
-    return kernel if layout == "dv" else kernel.T
+def logits(config: ModelConfig, params: Tree, hidden: Array, overlay: Any = None) -> Array:
+    """float32 logits [..., V] of hidden states [..., D]."""
+    hidden, kernel, layout = readout(config, params, hidden, overlay)
+    return jnp.matmul(hidden, kernel if layout == "dv" else kernel.T, preferred_element_type=jnp.float32)
 
 
 def apply(
@@ -124,7 +183,7 @@ def apply(
     overlay: Any = None,
     task_ids: Array | None = None,
 ) -> Array:
-    """Logits float32 [B, L, V], jitted; arguments as in `hidden_states`. Slots that hold nothing real give zero logits."""
+    """Logits float32 [B, L, V], jitted; arguments as in `hidden_states`; never any at virtual tokens. Slots that hold nothing real give zero logits."""
     arrays = (input_ids, attention_mask, position_ids, segment_ids, task_ids)
     return _logits(config, params, overlay, *(x if x is None else jnp.asarray(x) for x in arrays))
 
@@ -132,4 +191,4 @@ def apply(
 @partial(jax.jit, static_argnames="config")
 def _logits(config, params, overlay, input_ids, attention_mask, position_ids, segment_ids, task_ids):
     hidden = hidden_states(config, params, input_ids, attention_mask, position_ids, segment_ids, overlay, task_ids)
-    return jnp.matmul(hidden, head_kernel(config, params, overlay), preferred_element_type=jnp.float32)
+    return logits(config, params, hidden, overlay)

@@ -64,3 +64,40 @@ def visible(
 def attend(q_BLHC: Array, k_BSKC: Array, v_BSKC: Array, mask_B1LS: Array) -> Array:
     """Softmax attention, float32 statistics; a query that sees nothing gets a finite average. Returns [B, L, H, C]."""
     return jax.nn.dot_product_attention(q_BLHC, k_BSKC, v_BSKC, mask=mask_B1LS, implementation="xla")
+
+
+def before(first: Array, rows: Array) -> Array:
+    """[P, ...] or [B, P, ...] put before rows [B, L, ...] along axis 1, in the rows' dtype."""
+    first = first if first.ndim == rows.ndim else first[None]
+    return jnp.concatenate([jnp.broadcast_to(first, (rows.shape[0], *first.shape[1:])).astype(rows.dtype), rows], axis=1)
+
+
+def prompted(q_BLHC: Array, k_1PKC: Array, v_1PKC: Array, gate: Array, tanh: bool) -> Array:
+    """What heads read from a prompt with a softmax of its own, times the gate [1] or [H] (LLaMA-Adapter). [B, L, H, C]."""
+    k, v = (jnp.broadcast_to(x, (q_BLHC.shape[0], *x.shape[1:])) for x in (k_1PKC, v_1PKC))
+    y = jax.nn.dot_product_attention(q_BLHC, k, v, implementation="xla")
+    gate = jnp.tanh(gate) if tanh else gate
+    return y * gate.astype(y.dtype)[:, None]
+
+
+def sees_virtual(
+    offset_BL: Array, segment_BL: Array, count: int, sliding_window: int | None, same_group_BLG: Array | None = None
+) -> Array:
+    """bool [B, 1, L, G P]: which of the virtual tokens before the row each of its slots sees.
+
+    Every segment sees them as if it alone stood behind them: `offset` is a slot's distance from its segment's first
+    slot, and a sliding window counts from there. Args: count P; same_group bool [B, L, G] where groups differ.
+    """
+    distance = offset_BL[..., None] + count - jnp.arange(count)
+    near = (segment_BL != 0)[..., None] & ((distance < sliding_window) if sliding_window else jnp.ones_like(distance, bool))
+    if same_group_BLG is not None:
+        near = (near[:, :, None, :] & same_group_BLG[..., None]).reshape(*near.shape[:2], -1)
+    return near[:, None]
+
+
+def among_virtual(groups: int, count: int, sliding_window: int | None) -> Array:
+    """bool [G P, G P]: virtual tokens see those of their group that are not later, within the window."""
+    group, slot = (x.reshape(-1) for x in jnp.mgrid[:groups, :count])
+    distance = slot[:, None] - slot[None, :]
+    near = (distance >= 0) & (group[:, None] == group[None, :])
+    return near & (distance < sliding_window) if sliding_window else near

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from qtjax.models.attention import attend, rope_tables, rotate
+from qtjax.models.attention import attend, before, prompted, rope_tables, rotate
 from qtjax.models.config import ModelConfig
+from qtjax.models.edits import AttentionEdit, combine, product
 
 Cache = tuple[Array, Array]
 
@@ -35,12 +36,30 @@ def keep_batch_sharded(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, P(("data", "fsdp"), *[None] * (x.ndim - 1)))
 
 
+def _leaf(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Any:
+    """A parameter as it is stored: one that is given may also be a quantised record, which `param` would refuse."""
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init, shape, jnp.dtype(module.config.param_dtype))
+
+
+def _edit(module: nn.Module, name: str = "edit") -> Any:
+    """What the overlay says about this place, or None."""
+    own = module.get_variable("overlay", name) if module.has_variable("overlay", name) else None
+    shared = module.get_variable("shared", name) if module.has_variable("shared", name) else None
+    if own is None or shared is None:
+        return shared if own is None else own
+    return combine(own, shared, name)
+
+
 class RMSNorm(nn.Module):
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), jnp.dtype(self.config.param_dtype))
+        weight = _leaf(self, "weight", nn.initializers.ones, (x.shape[-1],))
+        edit = _edit(self)
+        weight = weight if edit is None else edit.weight
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.rms_norm_eps)
         return (normed * weight.astype(jnp.float32)).astype(x.dtype)
@@ -55,14 +74,14 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        param_dtype = jnp.dtype(self.config.param_dtype)
         normal = nn.initializers.normal(self.config.initializer_range)
-        y = x @ self.param("kernel", normal, (x.shape[-1], self.features), param_dtype).astype(x.dtype)
-        if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, (self.features,), param_dtype).astype(x.dtype)
-        if self.has_variable("overlay", "edit"):
-            y += self.get_variable("overlay", "edit").side(x)
-        return y
+        kernel = _leaf(self, "kernel", normal, (x.shape[-1], self.features))
+        bias = _leaf(self, "bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        edit = _edit(self)
+        if edit is not None:
+            return edit(x, kernel, bias)
+        y = product(x, kernel)
+        return y if bias is None else y + bias.astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -73,17 +92,27 @@ class Attention(nn.Module):
         c = self.config
         heads, kv_heads, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
 
-        def project(name: str, count: int) -> Array:
-            y = Linear(c, count * dim, c.attention_bias, name=name)(x)
-            return y.reshape(*x.shape[:2], count, dim)
+        def split(y: Array, count: int) -> Array:
+            return y.reshape(*y.shape[:-1], count, dim)
 
-        q, k, v = project("q_proj", heads), project("k_proj", kv_heads), project("v_proj", kv_heads)
+        q_proj, k_proj, v_proj = (
+            Linear(c, count * dim, c.attention_bias, name=f"{name}_proj")
+            for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+        )
+        q, k, v = split(q_proj(x), heads), split(k_proj(x), kv_heads), split(v_proj(x), kv_heads)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, slot, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, slot, axis=1)
             cache = (k, v)
-        y = attend(q, k, v, mask).reshape(*x.shape[:2], heads * dim)
+        edit: AttentionEdit | None = _edit(self, "attention")
+        if edit is not None and edit.prefix_k is not None:
+            k, v = (before(prefix, own) for prefix, own in ((edit.prefix_k, k), (edit.prefix_v, v)))
+        y = attend(q, k, v, mask)
+        if edit is not None and edit.prompt is not None:
+            prompt = edit.prompt.astype(x.dtype)[None]
+            y += prompted(q, split(k_proj(prompt), kv_heads), split(v_proj(prompt), kv_heads), edit.gate, edit.tanh)
+        y = y.reshape(*x.shape[:2], heads * dim)
         return Linear(c, c.hidden_size, c.attention_bias, name="o_proj")(y), cache
 
 
@@ -117,8 +146,13 @@ class Embedding(nn.Module):
     def __call__(self, input_ids: Array) -> Array:
         c = self.config
         normal = nn.initializers.normal(c.initializer_range)
+        dtype, edit = jnp.dtype(c.dtype), _edit(self)
         table = self.param("embedding", normal, (c.vocab_size, c.hidden_size), jnp.dtype(c.param_dtype))
-        return jnp.take(table.astype(jnp.dtype(c.dtype)), input_ids, axis=0, mode="clip")
+        table = table if edit is None or edit.table is None else edit.table
+        x = jnp.take(table.astype(dtype), input_ids, axis=0, mode="clip")
+        if edit is not None and edit.down is not None:
+            x += jnp.take(edit.down.astype(dtype), input_ids, axis=0, mode="clip") @ edit.up.astype(dtype)
+        return x
 
 
 class Head(nn.Module):
@@ -141,6 +175,7 @@ def _scanned_layers(config: ModelConfig) -> Any:
     return nn.scan(
         layer,
         variable_axes={"params": 0, "overlay": 0},
+        variable_broadcast="shared",
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
         out_axes=0,
@@ -154,15 +189,23 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, input_ids: Array, position_ids: Array, mask: Array, cache: Cache | None = None, slot: Array | int = 0
+        self,
+        input_ids: Array,
+        position_ids: Array,
+        mask: Array,
+        cache: Cache | None = None,
+        slot: Array | int = 0,
+        virtual: Array | None = None,
     ) -> tuple[Array, Cache | None]:
-        """Final-norm hidden states [B, L, D] in the compute dtype, and the cache with the new keys and values.
+        """Final-norm hidden states [B, P + L, D] in the compute dtype, and the cache with the new keys and values.
 
-        Args: input_ids, position_ids int32 [B, L]; mask bool [B, 1, L, S]; cache k, v [N, B, S, K, C]; slot: where in
-        the cache the first of these tokens goes.
+        Args: input_ids int32 [B, L]; virtual: embeddings [P, D] or [B, P, D] put before them (P = 0 without);
+        position_ids int32 [B, P + L]; mask bool [B, 1, P + L, S]; cache k, v [N, B, S, K, C]; slot: where in the cache
+        the first of these tokens goes.
         """
         c = self.config
-        x = keep_batch_sharded(Embedding(c, name="embed_tokens")(input_ids))
+        x = Embedding(c, name="embed_tokens")(input_ids)
+        x = keep_batch_sharded(x if virtual is None else before(virtual, x))
         rope = rope_tables(c, position_ids)
         x, cache = _scanned_layers(c)(c, name="layers")(x, cache, rope, mask, slot)
         if not c.tie_word_embeddings:

@@ -1,33 +1,243 @@
-"""What an overlay may change inside the model: today one record per dense product."""
+"""What an overlay may change inside the model, as plain records: at a dense product, a norm, attention, the embeddings.
 
-from dataclasses import dataclass
+Every record is a pytree. Under "layers/" its arrays carry the layer axis N in front, which the scan over layers
+consumes; shapes below are those of one layer. A field that holds a function is a jax.tree_util.Partial of a
+module-level function (the function is static, its arrays are leaves), evaluated inside the layer.
+B batch, L length, D model, H heads, K kv heads, C head dim, R rank, P virtual tokens, G groups of them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from qtjax.errors import QtjaxError
+from qtjax.tree import Tree, flatten, unflatten
 
-@dataclass(frozen=True)
+_record = partial(dataclass, frozen=True)
+
+
+def _pytree(*static: str) -> Callable[[type], type]:
+    """Registers a dataclass as a pytree whose fields other than `static` are children; None fields hold nothing."""
+
+    def register(cls: type) -> type:
+        data = [f.name for f in fields(cls) if f.name not in static]
+        return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(static))
+
+    return register
+
+
+@_pytree("dropout_rate", "scales_bias")
+@_record
 class LinearEdit:
-    """y = x W + b + (dropout(x) down) up.
+    """A dense product edited: W_eff = diag(pre) R W + down diag(mid) up diag(out) + kron + delta, columns times scale.
 
-    down [N, in, R] and up [N, R, out] (the layer axis N is consumed by the scan); the method's scale is folded into
-    `up`. A layer without the edit has zero factors, which is exact. dropout_key: one key per layer, or None (no dropout).
+    y = scale * (rotation(pre * x) W + side(x)) + b + bias, then `after`. W [in, out] as the tree stores it.
+
+    kernel [in, out]: stands in place of W. pre [in]. rotation: x -> x R, linear in x.
+    down [in, R], up [R, out], mid [R] or [B, L, R], out [out]: the low-rank side path; dropout acts on its input.
+    kron: (a [m, l], b [n, k]), the side path x kron(a, b) with in = m n and out = l k.
+    path: x -> contribution to y, for side paths that depend on the token or the sample; it cannot be folded.
+    delta: () -> [in, out], added to W; formed anew in the backward pass, never stored.
+    scale = post [out], times magnitude [out] / column norms of (W + down up), the norm without gradient (DoRA).
+    bias [out] is added to b; scales_bias: b is scaled too (IA3). after: y -> y (adapters behind the product).
+    dropout_key: one key per layer, or None (no dropout).
     """
 
-    down: Array
-    up: Array
+    down: Array | None = None
+    up: Array | None = None
+    mid: Array | None = None
+    out: Array | None = None
+    kron: tuple[Array, Array] | None = None
+    path: Callable[[Array], Array] | None = None
+    delta: Callable[[], Array] | None = None
+    kernel: Array | None = None
+    pre: Array | None = None
+    rotation: Callable[[Array], Array] | None = None
+    post: Array | None = None
+    magnitude: Array | None = None
+    bias: Array | None = None
+    after: Callable[[Array], Array] | None = None
     dropout_key: Array | None = None
     dropout_rate: float = 0.0
+    scales_bias: bool = False
 
-    def side(self, x: Array) -> Array:
-        """The low-rank path's contribution to y, in x's dtype."""
+    def __call__(self, x: Array, kernel: Any, bias: Array | None = None) -> Array:
+        """The edited product of x [..., in] in x's dtype."""
+        kernel = kernel if self.kernel is None else self.kernel
+        turned = x if self.pre is None else x * self.pre.astype(x.dtype)
+        turned = turned if self.rotation is None else self.rotation(turned).astype(x.dtype)
+        y = product(turned, kernel, self.delta)
+        if self.has_side:
+            y += self.side(x)
+        scale = self.scale(kernel)
+        if scale is not None and self.scales_bias and bias is not None:
+            y, bias = y + bias.astype(y.dtype), None
+        y = y if scale is None else y * scale.astype(y.dtype)
+        for term in (bias, self.bias):
+            y = y if term is None else y + term.astype(y.dtype)
+        return y if self.after is None else self.after(y).astype(y.dtype)
+
+    @property
+    def has_side(self) -> bool:
+        return self.down is not None or self.kron is not None or self.path is not None
+
+    def narrow(self, x: Array) -> Array:
+        """The input of `up`: diag(mid) down x, after dropout. [..., R] in x's dtype."""
         if self.dropout_key is not None and self.dropout_rate > 0:
             keep = jax.random.bernoulli(self.dropout_key, 1 - self.dropout_rate, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout_rate), 0).astype(x.dtype)
-        return (x @ self.down.astype(x.dtype)) @ self.up.astype(x.dtype)
+        h = x @ self.down.astype(x.dtype)
+        return h if self.mid is None else h * self.mid.astype(x.dtype)
+
+    def side(self, x: Array) -> Array:
+        """The side paths' contribution to y, in x's dtype."""
+        terms = []
+        if self.down is not None:
+            y = self.narrow(x) @ self.up.astype(x.dtype)
+            terms.append(y if self.out is None else y * self.out.astype(x.dtype))
+        if self.kron is not None:
+            a, b = (factor.astype(x.dtype) for factor in self.kron)
+            grid = x.reshape(*x.shape[:-1], a.shape[0], b.shape[0])
+            y = jnp.einsum("...mk,ml->...lk", grid @ b, a)
+            terms.append(y.reshape(*x.shape[:-1], a.shape[1] * b.shape[1]))
+        if self.path is not None:
+            terms.append(self.path(x).astype(x.dtype))
+        return sum(terms[1:], terms[0])
+
+    def scale(self, kernel: Any) -> Array | None:
+        """The factor of every output [out], float32; None if there is none."""
+        if self.magnitude is None:
+            return self.post
+        norm = jax.lax.stop_gradient(_column_norms(as_array(kernel, jnp.float32), self.down, self.up))
+        factor = self.magnitude / norm
+        return factor if self.post is None else factor * self.post
+
+    def fold(self, kernel: Any, bias: Array | None) -> tuple[Array, Array | None]:
+        """(kernel, bias) of one layer, float32, that compute the same without this edit."""
+        exact = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        own = as_array(kernel if self.kernel is None else self.kernel, jnp.float32)
+        w = own
+        if self.rotation is not None:
+            w = exact(self.rotation(jnp.eye(w.shape[0], dtype=jnp.float32)), w)
+        w = w if self.pre is None else self.pre.astype(jnp.float32)[:, None] * w
+        if self.down is not None:
+            down = self.down.astype(jnp.float32)
+            delta = exact(down if self.mid is None else down * self.mid, self.up.astype(jnp.float32))
+            w += delta if self.out is None else delta * self.out
+        w = w if self.kron is None else w + jnp.kron(*self.kron)
+        w = w if self.delta is None else w + self.delta()
+        scale = self.scale(own)
+        bias = None if bias is None else bias.astype(jnp.float32)
+        if scale is not None:
+            w = w * scale
+            bias = bias * scale if self.scales_bias and bias is not None else bias
+        if self.bias is not None:
+            bias = self.bias if bias is None else bias + self.bias
+        return w, bias
 
 
-jax.tree_util.register_dataclass(
-    LinearEdit, data_fields=["down", "up", "dropout_key"], meta_fields=["dropout_rate"]
-)
+@_pytree()
+@_record
+class NormEdit:
+    """weight [D] stands in place of an RMS norm's scale."""
+
+    weight: Array
+
+
+@_pytree()
+@_record
+class EmbeddingEdit:
+    """table [V, D] in place of the embedding table, and down [V, R] up [R, D] added to it row by row."""
+
+    table: Array | None = None
+    down: Array | None = None
+    up: Array | None = None
+
+
+@_pytree("tanh")
+@_record
+class AttentionEdit:
+    """Extra keys and values, or an extra output.
+
+    prefix_k, prefix_v [P, K, C] (or [B, P, K, C]): before the row's own keys, without rotary positions; the model is told by
+    `Edits.prefix`. prompt [P, D], gate [1] or [H]: heads attend to the prompt's keys and values as well, with a softmax
+    of its own, times the gate (or its tanh), added before o_proj.
+    """
+
+    prefix_k: Array | None = None
+    prefix_v: Array | None = None
+    prompt: Array | None = None
+    gate: Array | None = None
+    tanh: bool = False
+
+
+@_pytree("prefix")
+@_record
+class Edits:
+    """One overlay, expanded for one forward pass: what the model reads.
+
+    tree: records by module path, {"layers": {"self_attn": {"q_proj": {"edit": LinearEdit}, "attention": AttentionEdit}}}.
+    shared: the same paths; arrays that all layers share, without a layer axis, completing the records of `tree`.
+    virtual: embeddings [G, P, D] before every row; a token sees those of its group (task). prefix: P of the attention edits.
+    """
+
+    tree: Tree
+    shared: Tree = dataclasses.field(default_factory=dict)
+    virtual: Array | None = None
+    prefix: int = 0
+
+
+def combine(first: Any, second: Any, where: str = "") -> Any:
+    """Two records of one place as one. Raises QtjaxError when both set the same field."""
+    changes = {}
+    for f in fields(second):
+        current, value = getattr(first, f.name), getattr(second, f.name)
+        if _unset(value, f.default):
+            continue
+        if not _unset(current, f.default):
+            raise QtjaxError(f"{where}: two overlays both set {f.name!r} there; only one of them can")
+        changes[f.name] = value
+    return dataclasses.replace(first, **changes)
+
+
+def _unset(value: Any, default: Any) -> bool:
+    return value is None or (isinstance(value, (bool, float)) and value == default)
+
+
+def combine_trees(first: Tree, second: Tree) -> Tree:
+    """Edits of two overlays by path; records of the same place are combined."""
+    flat = dict(flatten(first))
+    for path, record in flatten(second).items():
+        flat[path] = combine(flat[path], record, path) if path in flat else record
+    return unflatten(flat)
+
+
+def as_array(leaf: Any, dtype: Any) -> Array:
+    """A kernel leaf as an array: quantised leaves are dequantised."""
+    return leaf.dequantize(dtype) if hasattr(leaf, "dequantize") else leaf.astype(dtype)
+
+
+def product(x: Array, kernel: Any, delta: Callable[[], Array] | None = None) -> Array:
+    """x (W + delta). What is formed for it (a dequantised W, the sum) is formed again in the backward pass, not kept."""
+    if delta is None and not hasattr(kernel, "dequantize"):
+        return x @ kernel.astype(x.dtype)
+    return _formed(x, kernel, delta)
+
+
+@jax.checkpoint
+def _formed(x: Array, kernel: Any, delta: Callable[[], Array] | None) -> Array:
+    w = as_array(kernel, x.dtype)
+    return x @ (w if delta is None else w + delta().astype(x.dtype))
+
+
+def _column_norms(w: Array, down: Array, up: Array) -> Array:
+    """Norms of the columns of w + down up, float32 [out], without forming the product."""
+    down, up = down.astype(jnp.float32), up.astype(jnp.float32)
+    square = jnp.sum(w * w, axis=0) + 2 * jnp.sum((down.T @ w) * up, axis=0) + jnp.sum(((down.T @ down) @ up) * up, axis=0)
+    return jnp.sqrt(jnp.maximum(square, 0))

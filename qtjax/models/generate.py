@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from qtjax.models.api import head_kernel
-from qtjax.models.attention import visible
+from qtjax.models.api import logits as logits_of
+from qtjax.models.api import variables
+from qtjax.models.attention import sees_virtual, visible
 from qtjax.models.config import ModelConfig
 from qtjax.models.decoder import Decoder
+from qtjax.models.edits import Edits
 from qtjax.tree import Tree
 
 
@@ -27,6 +29,7 @@ def generate(
     pad_token_id: int | None = None,
     key: Array | None = None,
     overlay: Any = None,
+    task_ids: Array | None = None,
 ) -> Array:
     """Continues a batch of left-padded prompts.
 
@@ -35,7 +38,7 @@ def generate(
       max_new_tokens: tokens to produce at most. temperature: 0 is greedy. top_p: nucleus mass (0, 1].
       eos_token_id: a sequence ends with (and includes) the first of these; default config.eos_token_id.
       pad_token_id: fills a row after its end; default config.pad_token_id, else the first EOS, else 0.
-      key: sampling key; default jax.random.key(0).
+      key: sampling key; default jax.random.key(0). overlay, task_ids (int [B]): as in `hidden_states`.
     Returns: int32 [B, max_new_tokens].
     """
     input_ids = jnp.asarray(input_ids, jnp.int32)
@@ -45,10 +48,9 @@ def generate(
     pad = config.pad_token_id if pad_token_id is None else pad_token_id
     pad = pad if pad is not None else (eos[0] if eos else 0)
     key = jax.random.key(0) if key is None else key
-    sites = {} if overlay is None else overlay.sites(None)
     knobs = (jnp.float32(temperature), jnp.float32(top_p))
     greedy = temperature == 0.0
-    return _generate(config, max_new_tokens, eos, pad, greedy, params, sites, input_ids, mask, knobs, key)
+    return _generate(config, max_new_tokens, eos, pad, greedy, params, overlay, task_ids, input_ids, mask, knobs, key)
 
 
 def _sample(logits_BV: Array, temperature: Array, top_p: Array, key: Array) -> Array:
@@ -63,32 +65,51 @@ def _sample(logits_BV: Array, temperature: Array, top_p: Array, key: Array) -> A
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _generate(config, max_new_tokens, eos, pad, greedy, params, sites, input_ids, mask, knobs, key):
+def _generate(config, max_new_tokens, eos, pad, greedy, params, overlay, task_ids, input_ids, mask, knobs, key):
     batch, length = input_ids.shape
-    total = length + max_new_tokens
-    model = Decoder(config)
-    variables = {"params": params, "overlay": sites} if sites else {"params": params}
-    kernel = head_kernel(config, params)
+    model, window = Decoder(config), config.sliding_window
+    edits = Edits({}) if overlay is None else overlay.expand(None, task_ids)
+    virtual = edits.virtual
+    if virtual is not None:
+        virtual = virtual[0] if virtual.shape[0] == 1 else jnp.take(virtual, task_ids, axis=0)
+    ahead = 0 if virtual is None else virtual.shape[-2]  # virtual tokens take slots of the cache, a prefix does not
+    start, total = ahead + edits.prefix, ahead + length + max_new_tokens
     shape = (config.num_hidden_layers, batch, total, config.num_key_value_heads, config.head_dim)
-    cache = (jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
-    key_segments = jnp.concatenate([mask.astype(jnp.int32), jnp.ones((batch, max_new_tokens), jnp.int32)], axis=1)
-    slots = jnp.arange(total)
+    empty = (jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+    two = overlay is not None and overlay.two_passes
+    caches = (empty, empty) if two else (empty,)
+    real_slots = [jnp.ones((batch, ahead), jnp.int32), mask.astype(jnp.int32), jnp.ones((batch, max_new_tokens), jnp.int32)]
+    key_segments, slots = jnp.concatenate(real_slots, axis=1), jnp.arange(total)
 
-    def forward(ids, positions, slot, cache):
-        query_slots = slot + jnp.arange(ids.shape[1])
-        queries = jax.lax.dynamic_slice_in_dim(key_segments, slot, ids.shape[1], axis=1)
-        sight = visible(query_slots, slots, queries, key_segments, config.sliding_window)
-        hidden, cache = model.apply(variables, ids, positions, sight, cache, slot)
-        return jnp.matmul(hidden[:, -1], kernel, preferred_element_type=jnp.float32), cache
+    def forward(ids, positions, slot, caches, virtual=None):
+        count = ids.shape[1] + (0 if virtual is None else ahead)
+        query_slots = slot + jnp.arange(count)
+        queries = jax.lax.dynamic_slice_in_dim(key_segments, slot, count, axis=1)
+        sight = visible(query_slots, slots, queries, key_segments, window)
+        if edits.prefix:
+            offset = jnp.broadcast_to(query_slots, queries.shape)
+            sight = jnp.concatenate([sees_virtual(offset, queries, edits.prefix, window), sight], axis=-1)
+
+        def run(edits, cache):
+            return model.apply(variables(params, edits), ids, positions, sight, cache, slot, virtual)
+
+        hidden, cache = run(edits, caches[0])
+        after = (cache,)
+        if two:
+            hidden, cache = run(overlay.expand(None, task_ids, hidden), caches[1])
+            after += (cache,)
+        return logits_of(config, params, hidden[:, -1], overlay), after
 
     def choose(logits, step):
         if greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return _sample(logits, *knobs, jax.random.fold_in(key, step))
 
-    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    logits, cache = forward(input_ids, positions, 0, cache)
-    real = mask.sum(axis=1)
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0) + start
+    if ahead:
+        positions = jnp.concatenate([jnp.broadcast_to(jnp.arange(ahead), (batch, ahead)), positions], axis=1)
+    logits, cache = forward(input_ids, positions, 0, caches, virtual)
+    real = mask.sum(axis=1) + start
     out = jnp.full((batch, max_new_tokens), pad, jnp.int32)
     ends = jnp.array(eos, jnp.int32)
 
@@ -101,7 +122,7 @@ def _generate(config, max_new_tokens, eos, pad, greedy, params, sites, input_ids
         token = jnp.where(done, pad, choose(logits, step))
         out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], step, axis=1)
         done |= (token[:, None] == ends).any(axis=1)
-        logits, cache = forward(token[:, None], (real + step)[:, None], length + step, cache)
+        logits, cache = forward(token[:, None], (real + step)[:, None], ahead + length + step, cache)
         return step + 1, logits, cache, out, done
 
     return jax.lax.while_loop(alive, one, (0, logits, cache, out, jnp.zeros(batch, bool)))[3]

@@ -1,12 +1,12 @@
 """Overlays: parameter-efficient fine-tuning as a tree laid over the model's parameter tree, which it never changes.
 
 An overlay is (static spec, trainable tree, frozen tree). A method is one file with a `Method` record of functions and
-one line of registration; nothing outside that file asks which method it is. The model sees only `Overlay.sites`:
-edits by module path.
+one line of registration; nothing outside that file asks which method it is. The model sees only what `Overlay.expand`
+returns: edits by module path, and virtual tokens.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,93 @@ from jax import Array
 
 from qtjax import models
 from qtjax.errors import QtjaxError, near_names
-from qtjax.tree import Tree, flatten, unflatten
+from qtjax.models import Edits
+from qtjax.overlays import leaves as table
+from qtjax.overlays.leaves import Leaf
+from qtjax.overlays.targets import Linear, linear_modules
+from qtjax.tree import Tree, flatten
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that an overlay is laid over: its config and {path: array or shape struct}."""
+
+    config: models.ModelConfig
+    leaves: Mapping[str, Any]
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return linear_modules(self.leaves)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a forward pass knows: rng, a key or None (nothing is drawn); task_ids int [B] or [B, L] or None; hidden
+    [B, L, D], the first pass's states, on the second pass of a method that needs two."""
+
+    rng: Array | None = None
+    task_ids: Array | None = None
+    hidden: Array | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method's functions. `spec` is its frozen, hashable settings, resolved for one base model.
+
+    fields: the dataclass of its settings, by PEFT's names.
+    read(base, fields, strict) -> spec: `fields` by PEFT's names, from a caller or adapter_config.json; strict: also refuse
+      names that match nothing while others do.
+    leaves(spec) -> every array, trained or frozen. expand(spec, params, frozen, context) -> Edits, traceable.
+    to_peft(spec) -> the method's own fields of adapter_config.json. claims(peft_config) -> whether this method reads it.
+    linears(spec) -> the linear modules it edits, for checks against another base.
+    unmergeable: why `merge` is impossible; empty when it is possible.
+    draws(spec): training draws random numbers. two_passes(spec): `expand` needs a first pass's hidden states.
+    penalty(spec, params) -> scalar added to the mean loss (nats), or None without one.
+    state(spec, params) -> arrays that `after_step` keeps; after_step(spec, params, state, gradients, step) -> (params, state)
+      after optimizer step number `step` (1, 2, ...), `gradients` those of the step, penalty included.
+    rates(spec) -> {last part of a leaf's path: factor on the learning rate}.
+    file(spec, params, frozen) -> tensors of adapter_model.safetensors where PEFT's file is a derived form; the trainables
+      then stand in a file of their own. from_file(spec, tensors) -> (spec, params, frozen) of that file alone.
+    in_peft: whether PEFT has the method; if not, only the file of trainables is written.
+    """
+
+    fields: type
+    read: Callable[[Base, Mapping[str, Any], bool], Any]
+    leaves: Callable[[Any], Sequence[Leaf]]
+    expand: Callable[[Any, Tree, Tree, Context], Edits]
+    to_peft: Callable[[Any], dict[str, Any]]
+    claims: Callable[[Mapping[str, Any]], bool]
+    linears: Callable[[Any], Sequence[Linear]] = lambda spec: ()
+    unmergeable: str = ""
+    draws: Callable[[Any], bool] = lambda spec: False
+    two_passes: Callable[[Any], bool] = lambda spec: False
+    penalty: Callable[[Any, Tree], Array] | None = None
+    state: Callable[[Any, Tree], Tree] = lambda spec, params: {}
+    after_step: Callable[[Any, Tree, Tree, Tree, Array], tuple[Tree, Tree]] | None = None
+    rates: Callable[[Any], Mapping[str, float]] = lambda spec: {}
+    file: Callable[[Any, Tree, Tree], dict[str, Any]] | None = None
+    from_file: Callable[[Any, Mapping[str, Any]], tuple[Any, Tree, Tree]] | None = None
+    in_peft: bool = True
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(name: str, method: Method) -> None:
+    """Makes a method known by its name in configs, `init_overlay` and adapter folders."""
+    assert name not in METHODS, f"the overlay method {name!r} is registered twice"
+    METHODS[name] = method
+
+
+def method_named(name: str) -> Method:
+    """The method, or the stack "a+b" of several. Raises QtjaxError, with near names, for one that is not known."""
+    if name in METHODS:
+        return METHODS[name]
+    if isinstance(name, str) and "+" in name:
+        from qtjax.overlays.stack import stack_of
+
+        return stack_of(tuple(part.strip() for part in name.split("+")))
+    raise QtjaxError(f"overlay method {name!r}: not known{near_names(str(name), METHODS)}; known: {', '.join(METHODS)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,95 +120,75 @@ class Overlay:
     params: Tree
     frozen: Tree
 
-    def sites(self, rng: Array | None = None) -> Tree:
-        """What the model applies: {"layers": {"self_attn": {"q_proj": {"edit": LinearEdit}, ...}}}.
+    def expand(self, rng: Array | None = None, task_ids: Array | None = None, hidden: Array | None = None) -> Edits:
+        """What the model applies. Frozen arrays get no gradient.
 
-        rng: a key for what the method draws in training (dropout); None draws nothing. Frozen arrays get no gradient.
+        Args: rng: a key for what the method draws in training (dropout); None draws nothing. task_ids: int [B] or
+        [B, L]. hidden [B, L, D]: the first pass's states, where `two_passes`.
         """
-        return METHODS[self.method].sites(self.spec, self.params, jax.lax.stop_gradient(self.frozen), rng)
+        frozen = jax.lax.stop_gradient(self.frozen)
+        return self._own.expand(self.spec, self.params, frozen, Context(rng, task_ids, hidden))
 
     def replace(self, **changes: Any) -> "Overlay":
         """A copy with other `params` (or another field): `overlay.replace(params=new)`."""
         return dataclasses.replace(self, **changes)
 
+    def penalty(self) -> Array:
+        """What the method adds to the mean loss of a step, float32 in nats; 0 for most."""
+        own = self._own.penalty
+        return jnp.float32(0) if own is None else own(self.spec, self.params)
+
+    @property
+    def _own(self) -> Method:
+        return method_named(self.method)
+
     @property
     def draws(self) -> bool:
-        """Whether a training step needs a key for `sites` (dropout)."""
-        return METHODS[self.method].draws(self.spec)
+        """Whether a training step needs a key for `expand` (dropout)."""
+        return self._own.draws(self.spec)
+
+    @property
+    def two_passes(self) -> bool:
+        """Whether the model runs twice, the second time with the first pass's hidden states."""
+        return self._own.two_passes(self.spec)
 
     @property
     def trainable_count(self) -> int:
-        """Number of trained values, as PEFT counts them: padding of unequal ranks and of unedited layers left out."""
-        return METHODS[self.method].count(self.spec)
+        """Number of trained values, as PEFT counts them: padding of unequal shapes and of unedited layers left out."""
+        return sum(leaf.size for leaf in self._own.leaves(self.spec) if leaf.trained)
 
 
 jax.tree_util.register_dataclass(Overlay, data_fields=["params", "frozen"], meta_fields=["method", "spec"])
 
 
-@dataclass(frozen=True)
-class Method:
-    """One method's functions. `spec` is its frozen settings; `base` the base parameter tree, used for shapes only.
-
-    init(base, key, fields) -> (spec, params, frozen): `fields` by PEFT's names; must be traceable.
-    sites(spec, params, frozen, rng) -> what `Overlay.sites` returns.
-    axes(spec, base_axes) -> (params axes, frozen axes): tuples of logical axis names in the shape of the two trees,
-      given the base leaves' axes by path.
-    count(spec) -> trained values.
-    abstract(spec) -> (params, frozen) as jax.ShapeDtypeStruct leaves.
-    claims(peft_config) -> whether this method reads that adapter_config.json.
-    from_peft(base, peft_config) -> spec; to_peft(spec) -> the method's own fields of adapter_config.json.
-    tensors(spec, params, frozen) -> {PEFT key: array}: slices and transposes only, on numpy and traced arrays alike.
-    trees(spec, tensors) -> (params, frozen): its inverse.
-    unmergeable: why `merge` is impossible; empty when it is possible.
-    draws(spec) -> whether training draws random numbers (dropout), so that `sites` needs a key.
-    """
-
-    init: Callable[[Tree, Array, Mapping[str, Any]], tuple[Any, Tree, Tree]]
-    sites: Callable[[Any, Tree, Tree, Array | None], Tree]
-    axes: Callable[[Any, Mapping[str, tuple]], tuple[Tree, Tree]]
-    count: Callable[[Any], int]
-    abstract: Callable[[Any], tuple[Tree, Tree]]
-    claims: Callable[[Mapping[str, Any]], bool]
-    from_peft: Callable[[Tree, Mapping[str, Any]], Any]
-    to_peft: Callable[[Any], dict[str, Any]]
-    tensors: Callable[[Any, Tree, Tree], dict[str, Any]]
-    trees: Callable[[Any, Mapping[str, Any]], tuple[Tree, Tree]]
-    unmergeable: str = ""
-    draws: Callable[[Any], bool] = lambda spec: False
-
-
-METHODS: dict[str, Method] = {}
-
-
-def register(name: str, method: Method) -> None:
-    """Makes a method known by its name in configs, `init_overlay` and adapter folders."""
-    assert name not in METHODS, f"the overlay method {name!r} is registered twice"
-    METHODS[name] = method
+def _base(config: models.ModelConfig, params: Tree | None) -> Base:
+    return Base(config, flatten(models.abstract_params(config) if params is None else params))
 
 
 def init_overlay(
     method: str, config: models.ModelConfig, params: Tree | None, key: Array, **fields: Any
 ) -> Overlay:
-    """A fresh overlay that leaves the model's function unchanged.
+    """A fresh overlay; of most methods one that leaves the model's function unchanged.
 
     Args:
-      method: "lora".
-      config, params: the base model; only shapes are used, so `params` may be abstract or None.
-      key: a jax.random key, typed or raw. Each module's draw depends on the key and its path, not on the other targets.
-      fields: the method's settings by PEFT's names; for lora r=8, lora_alpha=16, target_modules="all-linear",
-        lora_dropout=0.0, use_rslora=False, rank_pattern, alpha_pattern, layers_to_transform, exclude_modules,
-        init_lora_weights=True or "gaussian".
-    Returns: an Overlay with float32 trainables. Traceable: under jit with out_shardings it is born sharded, under
-      jax.eval_shape it costs nothing.
+      method: a name of METHODS, or several joined by "+" ("lora+ln_tuning"), each taking the fields that it knows.
+      config, params: the base model. Most methods use shapes only, so that `params` may be abstract or None; those that
+        start from base weights (dora, ln_tuning, pissa, ...) say so.
+      key: a jax.random key, typed or raw. Each array's draw depends on the key and its path, not on the other targets.
+      fields: the method's settings by PEFT's names; see the dataclass in the method's file.
+    Returns: an Overlay with float32 trainables. Traceable: under jit with out_shardings it is born sharded.
     Raises QtjaxError for an unknown method or field, an unsupported value, targets that match nothing.
     """
-    if method not in METHODS:
-        raise QtjaxError(
-            f"overlay method {method!r}: not known{near_names(str(method), METHODS)}; known: {', '.join(METHODS)}"
-        )
-    base = models.abstract_params(config) if params is None else params
-    spec, trainable, frozen = METHODS[method].init(base, key, fields)
-    return Overlay(method, spec, trainable, frozen)
+    own, base = method_named(method), _base(config, params)
+    spec = own.read(base, fields, True)
+    return Overlay(method, spec, *table.initial(own.leaves(spec), key, base.leaves))
+
+
+def abstract_overlay(method: str, config: models.ModelConfig, **fields: Any) -> Overlay:
+    """The overlay with jax.ShapeDtypeStruct leaves: shapes and counts at any size, nothing allocated."""
+    own = method_named(method)
+    spec = own.read(_base(config, None), fields, True)
+    return Overlay(method, spec, *table.abstract(own.leaves(spec)))
 
 
 def overlay_axes(overlay: Overlay, config: models.ModelConfig) -> Overlay:
@@ -131,39 +197,14 @@ def overlay_axes(overlay: Overlay, config: models.ModelConfig) -> Overlay:
     Returns: an Overlay whose leaves are tuples of axis names ("layers", "embed", None), one per dimension; map them to
       shardings with is_leaf=lambda x: isinstance(x, tuple) and the result fits jit and device_put for the overlay.
     """
-    params, frozen = METHODS[overlay.method].axes(overlay.spec, flatten(models.logical_axes(config)))
+    own = method_named(overlay.method)
+    params, frozen = table.axes(own.leaves(overlay.spec), flatten(models.logical_axes(config)))
     return overlay.replace(params=params, frozen=frozen)
 
 
-def merge(config: models.ModelConfig, params: Tree, overlay: Overlay) -> tuple[models.ModelConfig, Tree]:
-    """The model with the overlay folded into its weights: W + down up in float32, then cast to the leaf's dtype.
-
-    Returns: (config, params); a new tree that shares every leaf that is not edited, sharded as the given one.
-    Dropout plays no part. Raises QtjaxError for a method whose effect is no weight, and for an overlay that does not
-    fit the tree.
-    """
-    if METHODS[overlay.method].unmergeable:
-        raise QtjaxError(f"merge: {overlay.method} cannot be merged into weights: {METHODS[overlay.method].unmergeable}")
-    leaves = flatten(params)
-    for site, edit in flatten(overlay.sites()).items():
-        path = site.removesuffix("/edit") + "/kernel"
-        expected = (edit.down.shape[0], edit.down.shape[1], edit.up.shape[2])
-        if path not in leaves or tuple(leaves[path].shape) != expected:
-            found = f"is {tuple(leaves[path].shape)}" if path in leaves else "does not exist"
-            raise QtjaxError(f"merge: the overlay needs {path} of shape {expected}, which {found}; it is for another base")
-        leaf = leaves[path]
-        sharding = leaf.sharding if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) else None
-        fold = jax.jit(_fold, out_shardings=sharding) if sharding is not None else _fold
-        leaves[path] = fold(leaf, edit.down, edit.up)
-    return config, unflatten(leaves)
-
-
-def _fold(kernel: Array, down: Array, up: Array) -> Array:
-    """[N, in, out] + [N, in, R] [N, R, out], one layer at a time, so that float32 exists for a single layer only."""
-
-    def one(layer: tuple[Array, Array, Array]) -> Array:
-        w, a, b = layer
-        delta = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-        return (w.astype(jnp.float32) + delta).astype(w.dtype)
-
-    return jax.lax.map(one, (kernel, down, up))
+def base_array(base: Mapping[str, Any], path: str) -> Array:
+    """A weight of the base model for an initial value. Raises QtjaxError where only shapes were given."""
+    leaf = base.get(path)
+    if leaf is None or isinstance(leaf, jax.ShapeDtypeStruct):
+        raise QtjaxError(f"this initialisation starts from the base model's weights ({path}): give init_overlay its params")
+    return leaf.dequantize(jnp.float32) if hasattr(leaf, "dequantize") else jnp.asarray(leaf, jnp.float32)

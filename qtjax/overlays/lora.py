@@ -17,12 +17,49 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qtjax import models
 from qtjax.errors import QtjaxError
-from qtjax.overlays.base import Method
-from qtjax.overlays.lora_fields import LoraFields, read_fields
-from qtjax.overlays.targets import Linear, check_patterns, linear_modules, pattern_value, resolve
+from qtjax.models import Edits, LinearEdit
+from qtjax.overlays.base import Base, Context, Method
+from qtjax.overlays.fields import Targeted, read_fields, setting, to_peft
+from qtjax.overlays.leaves import Init, Leaf, transposed, uniform, zeros
+from qtjax.overlays.sites import claims, linears_of, needs, resolve_sites
+from qtjax.overlays.targets import Linear, check_patterns, pattern_value
 from qtjax.tree import Tree, flatten, unflatten
+
+# Fields of LoraConfig (peft 0.21) whose only supported values are listed; they are checked, never ignored.
+_INERT: dict[str, tuple[Any, ...]] = {
+    "lora_bias": (False, None),
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "ensure_weight_tying": (False, None),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "loftq_config": (None, {}),
+    "megatron_config": (None, {}),
+}  # fmt: skip
+
+# Initialisations that leave the base weights alone, so that an adapter made with them means what its file says.
+_SAFE_INITS = (True, False, "gaussian", "orthogonal")
+
+
+@dataclass(frozen=True)
+class LoraFields(Targeted):
+    """r: rank; scale lora_alpha / r; lora_dropout: fraction [0, 1) of the side path's input dropped in training.
+
+    target_modules: a regex or a sorted tuple of names; rank_pattern, alpha_pattern: (regex, value) pairs, first match
+    wins; layers_to_transform: layer indices or None for all.
+    """
+
+    r: int = setting(8, "int>0")
+    lora_alpha: float = setting(16.0, "number")
+    lora_dropout: float = setting(0.0, "[0,1)")
+    use_rslora: bool = setting(False, "bool")
+    rank_pattern: tuple[tuple[str, int], ...] = setting((), "pattern:int>0")
+    alpha_pattern: tuple[tuple[str, float], ...] = setting((), "pattern:number")
+    init_lora_weights: bool | str = setting(True, "choice", _SAFE_INITS)
 
 
 @dataclass(frozen=True)
@@ -45,22 +82,19 @@ class LoraSpec:
     fields: LoraFields
     sites: tuple[LoraSite, ...]
 
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return tuple(site.linear for site in self.sites)
 
-def _spec(base: Tree, fields: LoraFields, strict: bool) -> LoraSpec:
-    linears = linear_modules(base)
-    chosen = resolve(
-        fields.target_modules,
-        linears,
-        exclude_modules=fields.exclude_modules,
-        layers_to_transform=fields.layers_to_transform,
-        strict=strict,
-    )
+
+def lora_sites(base: Base, settings: LoraFields, strict: bool) -> tuple[LoraSite, ...]:
+    """Targets with ranks and scales. Raises QtjaxError for a rank above a matrix's own and patterns that match nothing."""
     sites = []
-    for linear in (linear for linear in linears if linear.path in chosen):
+    for linear, hits in ((site.linear, site.hits) for site in resolve_sites(base, settings, strict)):
         ranks, scales = [], []
-        for n, hit in enumerate(chosen[linear.path]):
-            rank = pattern_value(fields.rank_pattern, linear.module(n), fields.r, "rank_pattern") if hit else 0
-            alpha = pattern_value(fields.alpha_pattern, linear.module(n), fields.lora_alpha, "alpha_pattern")
+        for n, hit in enumerate(hits):
+            rank = pattern_value(settings.rank_pattern, linear.module(n), settings.r, "rank_pattern") if hit else 0
+            alpha = pattern_value(settings.alpha_pattern, linear.module(n), settings.lora_alpha, "alpha_pattern")
             limit = min(linear.inputs, linear.outputs)
             if rank > limit:
                 raise QtjaxError(
@@ -68,44 +102,51 @@ def _spec(base: Tree, fields: LoraFields, strict: bool) -> LoraSpec:
                     f" {limit}; lower r, or set rank_pattern for {linear.name!r}"
                 )
             ranks.append(rank)
-            scales.append(float(alpha) / (math.sqrt(rank) if fields.use_rslora else rank) if hit else 0.0)
+            scales.append(float(alpha) / (math.sqrt(rank) if settings.use_rslora else rank) if hit else 0.0)
         sites.append(LoraSite(linear, tuple(ranks), tuple(scales)))
     if strict:
         modules = [site.linear.module(n) for site in sites for n, rank in enumerate(site.ranks) if rank]
-        check_patterns(fields.rank_pattern, modules, "rank_pattern")
-        check_patterns(fields.alpha_pattern, modules, "alpha_pattern")
-    return LoraSpec(fields, tuple(sites))
+        check_patterns(settings.rank_pattern, modules, "rank_pattern")
+        check_patterns(settings.alpha_pattern, modules, "alpha_pattern")
+    return tuple(sites)
 
 
-def _columns(site: LoraSite) -> np.ndarray:
-    """bool [N, R]: which of the stacked ranks are real."""
-    return np.arange(site.rank) < np.asarray(site.ranks)[:, None]
-
-
-def _init(base: Tree, key: Array, fields: Mapping[str, Any]) -> tuple[LoraSpec, Tree, Tree]:
-    """A ~ U(+-1/sqrt(in)), which is torch's kaiming_uniform(a=sqrt(5)), or N(0, 1/r) ("gaussian"); B = 0."""
-    settings = read_fields({"target_modules": "all-linear", "r": 8, "lora_alpha": 16.0, **fields}, linear_modules(base))
-    if settings.init_lora_weights not in (True, "gaussian"):
+def _read(base: Base, fields: Mapping[str, Any], strict: bool) -> LoraSpec:
+    if not strict:
+        needs(fields, "r", "lora_alpha", "target_modules", method="LoRA")
+    settings = read_fields(
+        "lora", LoraFields, fields, base.linears, inert=_INERT, descriptive=("megatron_core", "qalora_group_size")
+    )
+    if strict and settings.init_lora_weights not in (True, "gaussian"):
         raise QtjaxError(f"init_lora_weights = {settings.init_lora_weights!r}: must be True or 'gaussian'")
-    spec = _spec(base, settings, strict=True)
-    shapes, params = flatten(_abstract(spec)[0]), {}
+    return LoraSpec(settings, lora_sites(base, settings, strict))
+
+
+def _down_init(site: LoraSite, kind: bool | str) -> Init:
+    """A ~ U(+-1/sqrt(in)), which is torch's kaiming_uniform(a=sqrt(5)), or N(0, 1/r) ("gaussian")."""
+    if kind != "gaussian":
+        return uniform(1 / math.sqrt(site.linear.inputs))
+    std = 1 / np.maximum(np.asarray(site.ranks, np.float32), 1)
+    return lambda key, shape, base: jax.random.normal(key, shape, jnp.float32) * std[:, None, None]
+
+
+def lora_leaves(spec: LoraSpec) -> list[Leaf]:
+    """lora_A [in, r] and lora_B [r, out]; PEFT stores torch's layouts, [r, in] and [out, r]."""
+    leaves = []
     for site in spec.sites:
-        linear = site.linear
-        own = jax.random.fold_in(key, zlib.crc32(linear.path.encode()))
-        shape = shapes[f"{linear.path}/lora_A"].shape
-        if settings.init_lora_weights is True:
-            bound = 1 / math.sqrt(linear.inputs)
-            down = jax.random.uniform(own, shape, jnp.float32, -bound, bound)
-        else:
-            std = 1 / np.maximum(np.asarray(site.ranks, np.float32), 1)
-            down = jax.random.normal(own, shape, jnp.float32) * std[:, None, None]
-        params[f"{linear.path}/lora_A"] = jnp.where(_columns(site)[:, None, :], down, 0)
-        params[f"{linear.path}/lora_B"] = jnp.zeros(shapes[f"{linear.path}/lora_B"].shape, jnp.float32)
-    return spec, unflatten(params), {}
+        linear, ranks = site.linear, site.ranks
+        for name, shapes, axes, init in (
+            ("lora_A", [(linear.inputs, r) for r in ranks], ("in", None), _down_init(site, spec.fields.init_lora_weights)),
+            ("lora_B", [(r, linear.outputs) for r in ranks], (None, "out"), zeros),
+        ):
+            keys = tuple(f"base_model.model.{linear.module(n)}.{name}.weight" if r else None for n, r in enumerate(ranks))
+            shapes = tuple(shape if r else None for shape, r in zip(shapes, ranks))
+            leaves.append(Leaf(f"{linear.path}/{name}", shapes, axes, keys, init, linear.path, **transposed()))
+    return leaves
 
 
-def _sites(spec: LoraSpec, params: Tree, frozen: Tree, rng: Array | None) -> Tree:
-    del frozen
+def lora_edits(spec: LoraSpec, params: Tree, rng: Array | None) -> dict[str, LinearEdit]:
+    """{module path: the side path} with the scale in `up`, which costs least."""
     flat, edits = flatten(params), {}
     rate = spec.fields.lora_dropout
     for site in spec.sites:
@@ -115,91 +156,27 @@ def _sites(spec: LoraSpec, params: Tree, frozen: Tree, rng: Array | None) -> Tre
         keys = None
         if rng is not None and rate > 0:
             keys = jax.random.split(jax.random.fold_in(rng, zlib.crc32(path.encode())), layers)
-        edits[f"{path}/edit"] = models.LinearEdit(
-            down=flat[f"{path}/lora_A"], up=up * scale, dropout_key=keys, dropout_rate=rate
-        )
-    return unflatten(edits)
+        edits[path] = LinearEdit(down=flat[f"{path}/lora_A"], up=up * scale, dropout_key=keys, dropout_rate=rate)
+    return edits
 
 
-def _axes(spec: LoraSpec, base_axes: Mapping[str, tuple]) -> tuple[Tree, Tree]:
-    axes = {}
-    for site in spec.sites:
-        layers, inputs, outputs = base_axes[f"{site.linear.path}/kernel"]
-        axes[f"{site.linear.path}/lora_A"] = (layers, inputs, None)
-        axes[f"{site.linear.path}/lora_B"] = (layers, None, outputs)
-    return unflatten(axes), {}
-
-
-def _count(spec: LoraSpec) -> int:
-    return sum(sum(site.ranks) * (site.linear.inputs + site.linear.outputs) for site in spec.sites)
-
-
-def _abstract(spec: LoraSpec) -> tuple[Tree, Tree]:
-    shapes = {}
-    for site in spec.sites:
-        linear = site.linear
-        shapes[f"{linear.path}/lora_A"] = (linear.layers, linear.inputs, site.rank)
-        shapes[f"{linear.path}/lora_B"] = (linear.layers, site.rank, linear.outputs)
-    return unflatten({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}), {}
-
-
-def _claims(peft_config: Mapping[str, Any]) -> bool:
-    return peft_config.get("peft_type") == "LORA"
-
-
-def _from_peft(base: Tree, peft_config: Mapping[str, Any]) -> LoraSpec:
-    for field in ("r", "lora_alpha", "target_modules"):
-        if peft_config.get(field) is None:
-            raise QtjaxError(f"{field}: is missing, and a LoRA adapter cannot be read without it")
-    return _spec(base, read_fields(peft_config, linear_modules(base)), strict=False)
+def _expand(spec: LoraSpec, params: Tree, frozen: Tree, context: Context) -> Edits:
+    del frozen
+    return Edits(unflatten({f"{path}/edit": edit for path, edit in lora_edits(spec, params, context.rng).items()}))
 
 
 def _to_peft(spec: LoraSpec) -> dict[str, Any]:
-    return {"peft_type": "LORA", **spec.fields.to_peft()}
-
-
-def _keys(site: LoraSite, layer: int) -> tuple[str, str]:
-    prefix = f"base_model.model.{site.linear.module(layer)}"
-    return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
-
-
-def _tensors(spec: LoraSpec, params: Tree, frozen: Tree) -> dict[str, Any]:
-    """PEFT stores torch layouts: lora_A.weight [r, in], lora_B.weight [out, r]; unedited layers are not written."""
-    del frozen
-    flat, tensors = flatten(params), {}
-    for site in spec.sites:
-        down, up = flat[f"{site.linear.path}/lora_A"], flat[f"{site.linear.path}/lora_B"]
-        for n, rank in enumerate(site.ranks):
-            if rank:
-                key_a, key_b = _keys(site, n)
-                tensors[key_a], tensors[key_b] = down[n, :, :rank].T, up[n, :rank, :].T
-    return tensors
-
-
-def _trees(spec: LoraSpec, tensors: Mapping[str, Any]) -> tuple[Tree, Tree]:
-    params = {}
-    for site in spec.sites:
-        linear = site.linear
-        down = np.zeros((linear.layers, linear.inputs, site.rank), np.float32)
-        up = np.zeros((linear.layers, site.rank, linear.outputs), np.float32)
-        for n, rank in enumerate(site.ranks):
-            if rank:
-                key_a, key_b = _keys(site, n)
-                down[n, :, :rank], up[n, :rank, :] = tensors[key_a].T, tensors[key_b].T
-        params[f"{linear.path}/lora_A"], params[f"{linear.path}/lora_B"] = jnp.asarray(down), jnp.asarray(up)
-    return unflatten(params), {}
+    off = {"bias": "none", "fan_in_fan_out": False, "lora_bias": False, "modules_to_save": None, "layers_pattern": None}
+    return {"peft_type": "LORA", **to_peft(spec.fields), **off, "use_dora": False}
 
 
 METHOD = Method(
-    init=_init,
-    sites=_sites,
-    axes=_axes,
-    count=_count,
-    abstract=_abstract,
-    claims=_claims,
-    from_peft=_from_peft,
+    fields=LoraFields,
+    read=_read,
+    leaves=lora_leaves,
+    expand=_expand,
     to_peft=_to_peft,
-    tensors=_tensors,
-    trees=_trees,
+    claims=claims("LORA", use_dora=False),
+    linears=linears_of,
     draws=lambda spec: spec.fields.lora_dropout > 0,
 )

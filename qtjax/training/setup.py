@@ -35,14 +35,14 @@ def load_model(config: Config, mesh: Mesh) -> Model:
         m.path, m.dtype, mesh=mesh, param_dtype=m.param_dtype, random_init=m.random_init, key=jax.random.fold_in(key, 1)
     )
     model_config = model_config.replace(remat=m.remat, unroll_layers=m.unroll_layers)
-    return Model(Subject(model_config, new_overlay(config, model_config, jax.random.fold_in(key, 2))), params)
+    return Model(Subject(model_config, new_overlay(config, model_config, params, jax.random.fold_in(key, 2))), params)
 
 
-def new_overlay(config: Config, model_config: models.ModelConfig, key: jax.Array) -> Overlay | None:
+def new_overlay(config: Config, model_config: models.ModelConfig, params: Tree, key: jax.Array) -> Overlay | None:
     """The overlay that the config names, None for full-parameter training."""
     fields = {name: value for name, value in config.to_dict()["overlay"].items() if name != "method"}
     method = config.overlay.method
-    return None if method == "none" else init_overlay(method, model_config, None, key, **fields)
+    return None if method == "none" else init_overlay(method, model_config, params, key, **fields)
 
 
 def start(config: Config, mesh: Mesh, model: Model, total_steps: int) -> tuple[TrainState, Tree, Any]:

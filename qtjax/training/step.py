@@ -80,7 +80,7 @@ def loss_sum(subject: Subject, mesh: Mesh, trainable: Tree, frozen: Tree, rows: 
         overlay=overlay, rng=rng,
     )  # fmt: skip
     labels, weights = (jnp.roll(rows[name], -1, axis=1) for name in ("input_ids", "weights"))
-    kernel, layout = models.head(subject.config, params, overlay)
+    hidden, kernel, layout = models.readout(subject.config, params, hidden, overlay, rng)
     return head_loss(hidden, kernel, labels, weights, layout=layout, mesh=mesh)
 
 

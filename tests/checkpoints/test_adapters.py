@@ -31,11 +31,12 @@ FIELDS = dict(
 def made(**fields):
     """An overlay whose real tensors are all random; made by writing numbers through PEFT's names."""
     overlay = init_overlay("lora", CONFIG, PARAMS, jax.random.key(0), **fields)
-    from qtjax.overlays import METHODS
+    from qtjax.overlays.leaves import trees
+    from qtjax.overlays.lora import lora_leaves
 
     generator = np.random.default_rng(0)
     tensors = {k: generator.normal(size=v.shape).astype(np.float32) for k, v in adapter_state_dict(overlay).items()}
-    params, frozen = METHODS["lora"].trees(overlay.spec, tensors)
+    params, frozen = trees(lora_leaves(overlay.spec), tensors)
     return overlay.replace(params=params, frozen=frozen)
 
 

@@ -43,7 +43,7 @@ def trained(overlay, seed=1, scale=0.3):
 @functools.partial(jax.jit, static_argnames="config")
 def logits(params, overlay, config=CONFIG, rng=None):
     hidden = models.hidden_states(config, params, jnp.asarray(IDS), overlay=overlay, rng=rng)
-    return jnp.matmul(hidden, models.head_kernel(config, params, overlay), preferred_element_type=jnp.float32)
+    return models.logits(config, params, hidden, overlay)
 
 
 def loss(params, overlay, config=CONFIG, rng=None):
@@ -223,13 +223,13 @@ def test_dropout_needs_a_key_and_is_unbiased():
     dropped input, so the mean over keys converges to the path without dropout.
     """
     overlay = trained(init_overlay("lora", CONFIG, None, KEY, lora_dropout=0.4, r=4))
-    plain = overlay.sites()["layers"]["mlp"]["down_proj"]["edit"]
+    plain = overlay.expand().tree["layers"]["mlp"]["down_proj"]["edit"]
     assert plain.dropout_key is None
     edit = jax.tree.map(lambda x: x[1], plain)
     x = jax.random.normal(jax.random.key(2), (5, 40))
 
     def drawn(key):
-        e = overlay.sites(key)["layers"]["mlp"]["down_proj"]["edit"]
+        e = overlay.expand(key).tree["layers"]["mlp"]["down_proj"]["edit"]
         return jax.tree.map(lambda v: v[1], e).side(x)
 
     once, again, other = drawn(jax.random.key(1)), drawn(jax.random.key(1)), drawn(jax.random.key(2))
@@ -248,7 +248,7 @@ def test_dropout_differs_by_layer_and_module_and_reaches_the_model(params):
     """Every module of every layer draws its own mask; the model's logits follow the key, and none without a key."""
     every = init_overlay("lora", CONFIG, params, KEY, lora_dropout=0.5)
     for key in (KEY, jax.random.PRNGKey(5)):
-        edits = [site["edit"] for room in every.sites(key)["layers"].values() for site in room.values()]
+        edits = [site["edit"] for room in every.expand(key).tree["layers"].values() for site in room.values()]
         keys = np.concatenate([np.asarray(jax.random.key_data(edit.dropout_key)) for edit in edits])
         assert len(np.unique(keys, axis=0)) == 7 * 3
     fields = dict(r=4, target_modules="v_proj,down_proj")

@@ -102,18 +102,3 @@ def test_settings_of_the_reference_made_here_name_the_same_tensors(case):
     ours = adapter_state_dict(init_overlay("lora", config, params, jax.random.key(0), **fields))
     theirs = load_file(folder / "adapter_model.safetensors")
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
-
-
-@pytest.mark.parametrize(
-    "name, field", [("llama-dora", "use_dora"), ("llama-lora-mts", "modules_to_save"), ("llama-lora-emb", "target_modules"),
-                    ("llama-ia3", "peft_type"), ("llama-prefix", "peft_type")],
-)  # fmt: skip
-def test_adapters_of_other_methods_are_refused_by_name(shared, name, field):
-    """A folder whose method or setting is not supported is an error that names the field."""
-    from qtjax.errors import QtjaxError
-
-    folder = shared / "peft_refs" / name
-    config, params = load_pretrained(folder)
-    with pytest.raises(QtjaxError, match=f"adapter_config.json: {field}") as error:
-        load_adapter(folder, config, params)
-    assert "\n" not in str(error.value)

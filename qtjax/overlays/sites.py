@@ -1,0 +1,71 @@
+"""What most methods share: settings with targets, resolved to the linear modules and layers that they edit."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qtjax.errors import QtjaxError
+from qtjax.overlays.base import Base
+from qtjax.overlays.fields import Targeted
+from qtjax.overlays.leaves import Leaf, Shape
+from qtjax.overlays.targets import Linear, resolve
+
+
+@dataclass(frozen=True)
+class Site:
+    """One stacked module, and in which of its N layers it is edited."""
+
+    linear: Linear
+    hits: tuple[bool, ...]
+
+    def keys(self, suffix: str) -> tuple[str | None, ...]:
+        """PEFT's tensor name in each layer, "base_model.model.model.layers.3.self_attn.q_proj." + suffix."""
+        prefix = "base_model.model."
+        return tuple(f"{prefix}{self.linear.module(n)}.{suffix}" if hit else None for n, hit in enumerate(self.hits))
+
+    def leaf(self, name: str, shape: Shape, axes: tuple[str | None, ...], key: str, **more: Any) -> Leaf:
+        """A leaf "<module>/name" of one shape in all edited layers, called `key` in PEFT's file."""
+        shapes = tuple(shape if hit else None for hit in self.hits)
+        return Leaf(f"{self.linear.path}/{name}", shapes, axes, self.keys(key), module=self.linear.path, **more)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Settings by PEFT's names, and the sites that they mean for one base model."""
+
+    fields: Any
+    sites: tuple[Site, ...]
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return tuple(site.linear for site in self.sites)
+
+
+def resolve_sites(base: Base, settings: Targeted, strict: bool) -> tuple[Site, ...]:
+    """The targets of `settings` in the model's order. Raises QtjaxError as targets.resolve does."""
+    linears = base.linears
+    chosen = resolve(
+        settings.target_modules,
+        linears,
+        exclude_modules=settings.exclude_modules,
+        layers_to_transform=settings.layers_to_transform,
+        strict=strict,
+    )
+    return tuple(Site(linear, chosen[linear.path]) for linear in linears if linear.path in chosen)
+
+
+def linears_of(spec: Spec) -> Sequence[Linear]:
+    """`Method.linears` of a Spec."""
+    return spec.linears
+
+
+def needs(peft_config: Mapping[str, Any], *names: str, method: str) -> None:
+    """Raises QtjaxError when a field without which an adapter cannot be read is missing."""
+    for name in names:
+        if peft_config.get(name) is None:
+            raise QtjaxError(f"{name}: is missing, and a {method} adapter cannot be read without it")
+
+
+def claims(peft_type: str, **fields: Any) -> Any:
+    """`Method.claims` by adapter_config.json's peft_type, and by fields that must have these values (absent counts as None)."""
+    return lambda peft: peft.get("peft_type") == peft_type and all(bool(peft.get(k)) == v for k, v in fields.items())

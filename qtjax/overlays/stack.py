@@ -1,0 +1,88 @@
+"""Several overlays over one base, "lora+ln_tuning": each with its own trees under its own name, their edits combined."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from qtjax.errors import QtjaxError, near_names
+from qtjax.models import Edits, combine_trees
+from qtjax.overlays.base import Base, Context, Method, method_named
+from qtjax.overlays.leaves import Leaf, abstract
+from qtjax.tree import Tree
+
+
+def stack_of(names: tuple[str, ...]) -> Method:
+    """One Method made of several. Its spec is the tuple of theirs; a field goes to every part that knows it.
+
+    Raises QtjaxError for an unknown part, the same part twice, and (from `read`) parts that set the same place.
+    """
+    parts = [method_named(name) for name in names]
+    if len(set(names)) != len(names):
+        raise QtjaxError(f"overlay method {'+'.join(names)!r}: names the same method twice; raise its rank instead")
+
+    def read(base: Base, fields: Mapping[str, Any], strict: bool) -> tuple[Any, ...]:
+        known = [{f.name for f in dataclasses.fields(part.fields)} for part in parts]
+        for name in fields:
+            if not any(name in own for own in known):
+                raise QtjaxError(f"{name}: none of {', '.join(names)} has such a field{near_names(name, set().union(*known))}")
+        spec = tuple(
+            part.read(base, {k: v for k, v in fields.items() if k in own}, strict) for part, own in zip(parts, known)
+        )
+        _check_places(names, parts, spec)
+        return spec
+
+    def leaves(spec: tuple[Any, ...]) -> list[Leaf]:
+        out = []
+        for name, part, own in zip(names, parts, spec):
+            out += [dataclasses.replace(leaf, path=f"{name}/{leaf.path}") for leaf in part.leaves(own)]
+        return out
+
+    def expand(spec: tuple[Any, ...], params: Tree, frozen: Tree, context: Context) -> Edits:
+        return _combined([p.expand(s, params.get(n, {}), frozen.get(n, {}), context) for n, p, s in zip(names, parts, spec)])
+
+    def penalty(spec: tuple[Any, ...], params: Tree) -> Any:
+        return sum(part.penalty(own, params.get(n, {})) for n, part, own in zip(names, parts, spec) if part.penalty)
+
+    def state(spec: tuple[Any, ...], params: Tree) -> Tree:
+        return {n: part.state(own, params.get(n, {})) for n, part, own in zip(names, parts, spec)}
+
+    def after_step(spec, params: Tree, state: Tree, gradients: Tree, step: Any) -> tuple[Tree, Tree]:
+        for n, part, own in zip(names, parts, spec):
+            if part.after_step is not None:
+                new, kept = part.after_step(own, params.get(n, {}), state[n], gradients.get(n, {}), step)
+                params, state = params | {n: new}, state | {n: kept}
+        return params, state
+
+    return Method(
+        fields=type(None), read=read, leaves=leaves, expand=expand, to_peft=lambda spec: {}, claims=lambda peft: False,
+        linears=lambda spec: [linear for part, own in zip(parts, spec) for linear in part.linears(own)],
+        unmergeable="; ".join(f"{name}: {part.unmergeable}" for name, part in zip(names, parts) if part.unmergeable),
+        draws=lambda spec: any(part.draws(own) for part, own in zip(parts, spec)),
+        two_passes=lambda spec: any(part.two_passes(own) for part, own in zip(parts, spec)),
+        penalty=penalty if any(part.penalty for part in parts) else None,
+        state=state, after_step=after_step if any(part.after_step for part in parts) else None,
+        rates=lambda spec: {k: v for part, own in zip(parts, spec) for k, v in part.rates(own).items()},
+    )  # fmt: skip
+
+
+def _check_places(names: tuple[str, ...], parts: list[Method], spec: tuple[Any, ...]) -> None:
+    """Refuses a stack whose parts set the same thing at the same place, before anything is trained."""
+    def shapes(part: Method, own: Any) -> Edits:
+        return jax.eval_shape(lambda trees: part.expand(own, *trees, Context()), abstract(part.leaves(own)))
+
+    try:
+        _combined([shapes(part, own) for part, own in zip(parts, spec)])
+    except QtjaxError as error:
+        raise QtjaxError(f"overlay method {'+'.join(names)!r}: {error}") from None
+
+
+def _combined(edits: list[Edits]) -> Edits:
+    ahead = [e for e in edits if e.virtual is not None or e.prefix]
+    if len(ahead) > 1:
+        raise QtjaxError("two overlays both put tokens before the row; only one of them can")
+    tree, shared = edits[0].tree, edits[0].shared
+    for more in edits[1:]:
+        tree, shared = combine_trees(tree, more.tree), combine_trees(shared, more.shared)
+    return Edits(tree, shared, *((ahead[0].virtual, ahead[0].prefix) if ahead else ()))
