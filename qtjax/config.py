@@ -75,11 +75,12 @@ class PruneSection:
 
 @dataclass(frozen=True)
 class OverlaySection:
-    method: str = knob("none", "'none': full-parameter training; 'lora'", choices=("none", "lora"))
-    r: int = knob(8, "rank", rule=">0")
-    lora_alpha: float = knob(16.0, "scale is lora_alpha / r", rule=">0")
+    method: str = knob("none", "'none': full-parameter training; or an overlay: lora, dora, ia3, prefix, ...; 'lora+ln_tuning' stacks")
+    r: int = knob(0, "rank; 0: the method's own default (lora 8)", rule=">=0")
+    lora_alpha: float = knob(0.0, "scale is lora_alpha / r; 0: the method's own default (lora 16)", rule=">=0")
     lora_dropout: float = knob(0.0, "dropout fraction [0-1) on the side path's input", rule="[0,1)")
-    target_modules: str = knob("all-linear", "'all-linear', comma-separated module names, or one regex")
+    target_modules: str = knob("", "'all-linear', comma-separated module names, or one regex; empty: the method's own default")
+    fields: str = knob("", "the method's other settings by PEFT's names: 'init_r=12 target_r=8 coft=true', values in JSON")
 
 
 @dataclass(frozen=True)

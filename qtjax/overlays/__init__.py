@@ -1,11 +1,14 @@
 """Parameter-efficient fine-tuning as overlays: one method a file, one line of registration each."""
 
 from qtjax.overlays import lora
-from qtjax.overlays.base import METHODS, Method, Overlay, abstract_overlay, init_overlay, method_named, overlay_axes, register
+from qtjax.overlays.base import (
+    METHODS, Method, Overlay, abstract_overlay, field_names, init_overlay, method_named, overlay_axes, register,
+)  # fmt: skip
 from qtjax.overlays.merge import merge
 
 register("lora", lora.METHOD)
 
 __all__ = [
-    "METHODS", "Method", "Overlay", "abstract_overlay", "init_overlay", "merge", "method_named", "overlay_axes", "register",
+    "METHODS", "Method", "Overlay", "abstract_overlay", "field_names", "init_overlay", "merge", "method_named", "overlay_axes",
+    "register",
 ]  # fmt: skip

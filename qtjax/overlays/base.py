@@ -105,6 +105,12 @@ def method_named(name: str) -> Method:
     raise QtjaxError(f"overlay method {name!r}: not known{near_names(str(name), METHODS)}; known: {', '.join(METHODS)}")
 
 
+def field_names(method: str) -> list[str]:
+    """The names of a method's settings; of a stack, those of all its parts."""
+    parts = [method] if method in METHODS else [part.strip() for part in method.split("+")]
+    return list(dict.fromkeys(f.name for part in parts for f in dataclasses.fields(method_named(part).fields)))
+
+
 @dataclass(frozen=True, eq=False)
 class Overlay:
     """A trained or trainable overlay; a pytree whose leaves are `params` and `frozen`, so jit, grad, optax and

@@ -138,17 +138,19 @@ class Loop:
         counts = agree_sums(_counts(prepared, tokens, parts))
         targets = counts["kept_tokens"]
         clock.lap("pack")
-        norm, loss = 0.0, 0.0
+        norm, loss, penalty = 0.0, 0.0, {}
         if targets:
             total, loss_sum = self.gradients(parts, step)
             divisor = jax.device_put(np.float32(targets), replicated(self.mesh))
             self.state, measured = self.programs.update(self.state, total, divisor)
-            loss, norm = float(loss_sum) / targets, float(measured["grad_norm"])
+            loss, norm = float(loss_sum) / targets, float(measured.pop("grad_norm"))
+            penalty = {name: float(value) for name, value in measured.items()}
             if not (np.isfinite(loss) and np.isfinite(norm)):
                 raise _diverged(step, f"loss {loss}, gradient norm {norm}")
         clock.lap("train")
         metrics = {"step": step + 1, "epoch": step // self.plan.steps_per_epoch, "loss": loss}
         metrics |= {"learning_rate": float(self.schedule(step)), "grad_norm": norm, "skipped": int(not targets)}
+        metrics |= penalty
         metrics |= counts | _choices(decision, counts)
         metrics["fill"] = counts["trained_tokens"] / counts["trained_slots"] if counts["trained_slots"] else 0.0
         metrics |= {f"seconds_{name}": clock.seconds[name] for name in CLOCKS}

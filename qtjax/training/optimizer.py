@@ -1,5 +1,7 @@
 """AdamW with linear warm-up and cosine decay, gradients clipped by global norm; matrices decay, vectors do not."""
 
+from collections.abc import Mapping
+
 import jax
 import optax
 
@@ -19,22 +21,28 @@ def learning_rate_schedule(train: TrainSection, total_steps: int) -> optax.Sched
     )
 
 
-def decayed(params: Tree) -> Tree:
-    """True for the leaves that weight decay touches: kernels, embeddings and low-rank factors, not norms or biases."""
-    return unflatten({p: p.rsplit("/", 1)[-1] not in ("weight", "bias") for p in flatten(params)})
+def make_optimizer(
+    train: TrainSection, total_steps: int, decayed: Mapping[str, bool], rates: Mapping[str, float] | None = None
+) -> optax.GradientTransformation:
+    """optax.adamw under optax.clip_by_global_norm (0: no clipping).
 
-
-def make_optimizer(train: TrainSection, total_steps: int) -> optax.GradientTransformation:
-    """optax.adamw under optax.clip_by_global_norm (0: no clipping)."""
+    Args: decayed: {leaf path: whether weight decay touches it}; rates: {leaf path: factor on the learning rate}.
+    """
     adamw = optax.adamw(
         learning_rate_schedule(train, total_steps),
         b1=train.b1,
         b2=train.b2,
         eps=train.eps,
         weight_decay=train.weight_decay,
-        mask=decayed,
+        mask=lambda params: unflatten({path: decayed[path] for path in flatten(params)}),
     )
-    return optax.chain(optax.clip_by_global_norm(train.clip_norm), adamw) if train.clip_norm else adamw
+    parts = [optax.clip_by_global_norm(train.clip_norm)] if train.clip_norm else []
+    parts += [adamw] + ([optax.stateless(lambda updates, _: _scaled(updates, rates))] if rates else [])
+    return optax.chain(*parts) if len(parts) > 1 else adamw
+
+
+def _scaled(updates: Tree, rates: Mapping[str, float]) -> Tree:
+    return unflatten({path: update * rates.get(path, 1.0) for path, update in flatten(updates).items()})
 
 
 def global_norm(tree: Tree) -> jax.Array:

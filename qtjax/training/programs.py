@@ -59,7 +59,7 @@ class Programs:
         everywhere, by_row = replicated(mesh), batch_sharding(mesh)
         abstract = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding))
         trainable, frozen = abstract(state.trainable), abstract(frozen)
-        state = TrainState(trainable, abstract(state.optimizer))
+        state = TrainState(trainable, abstract(state.optimizer), abstract(state.method))
         shardings = subject.shardings(mesh)
         gradients = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), trainable)
         scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
@@ -89,9 +89,10 @@ class Programs:
             return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable), jnp.float32(0)
 
         job("zeros", zeros, out_shardings=(shardings, everywhere))
-        after = TrainState(shardings, optimizer_shardings(optimizer, trainable, shardings, mesh))
+        kept = jax.tree.map(lambda _: everywhere, state.method)
+        after = TrainState(shardings, optimizer_shardings(optimizer, trainable, shardings, mesh), kept)
         job(
-            "update", partial(update, optimizer), state, gradients, scalar,
+            "update", partial(update, subject, optimizer), state, gradients, scalar,
             donate_argnums=(0,), out_shardings=(after, everywhere),
         )  # fmt: skip
 

@@ -25,6 +25,7 @@ from qtjax.data.prepare import training_data
 from qtjax.data.tokenizer import check_vocabulary, load_tokenizer
 from qtjax.errors import QtjaxError
 from qtjax.models import ModelConfig
+from qtjax.overlays import abstract_overlay
 from qtjax.parallel import batch_size, make_mesh, round_up
 from qtjax.report.progress import TrainingProgress
 from qtjax.training.ladder import ladder
@@ -32,7 +33,7 @@ from qtjax.training.loop import Loop
 from qtjax.training.optimizer import learning_rate_schedule
 from qtjax.training.programs import Programs
 from qtjax.training.run_folder import RunFolder
-from qtjax.training.setup import Model, checkpoint_tree, from_checkpoint, load_model, start
+from qtjax.training.setup import Model, checkpoint_tree, from_checkpoint, load_model, overlay_fields, start
 from qtjax.tree import Tree
 
 
@@ -79,12 +80,12 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     console.print(f"data    {dataset.stats.line()}", highlight=False, soft_wrap=True)
     check_vocabulary(tokenizer, shape.vocab_size, dataset.input_ids)
     held_out = _held_out(config, shape, tokenizer)
-    model = load_model(config, mesh)
     row_length = config.train.row_length or config.data.max_length
     plan = BatchPlan(
         len(dataset), config.prune.batch_size, config.train.seed, jax.process_index(), jax.process_count()
     )
     steps = total_steps(config, plan)
+    model = load_model(config, mesh, steps)
     state, frozen, optimizer = start(config, mesh, model, steps)
     shapes = ladder(config.train.rows, batch_size(mesh), config.train.shapes)
     loaded = time.perf_counter()
@@ -126,6 +127,8 @@ def _check_fit(config: Config, shape: ModelConfig) -> None:
             f"data.max_length = {config.data.max_length}: the model {config.model.path!r} has"
             f" {shape.max_position_embeddings} positions (max_position_embeddings); lower it to that"
         )
+    if config.overlay.method != "none":  # a mistake in the overlay's settings costs nothing yet
+        abstract_overlay(config.overlay.method, shape, **overlay_fields(config.overlay, 1))
     if config.overlay.method == "none" and config.model.param_dtype != "float32":
         raise QtjaxError(
             f"model.param_dtype = {config.model.param_dtype!r}: full-parameter training keeps float32 parameters, since small"

@@ -1,5 +1,7 @@
 """From a config to everything a run needs: mesh, model, overlay, optimizer, and where each array lies."""
 
+import json
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +10,9 @@ from jax.sharding import Mesh
 
 from qtjax import models
 from qtjax.checkpoints import load_pretrained
-from qtjax.config import Config
-from qtjax.overlays import Overlay, init_overlay
+from qtjax.config import Config, OverlaySection
+from qtjax.errors import QtjaxError, near_names
+from qtjax.overlays import Overlay, field_names, init_overlay
 from qtjax.training.optimizer import make_optimizer
 from qtjax.training.state import Subject, TrainState, init_state
 from qtjax.tree import Tree
@@ -27,27 +30,60 @@ class Model:
         return self.subject.config
 
 
-def load_model(config: Config, mesh: Mesh) -> Model:
-    """Checkpoint and overlay of a config, on the mesh. Raises QtjaxError as load_pretrained and init_overlay do."""
+def load_model(config: Config, mesh: Mesh, total_steps: int = 1) -> Model:
+    """Checkpoint and overlay of a config, on the mesh; total_steps: for methods whose schedule counts them. Raises QtjaxError as load_pretrained and init_overlay do."""
     m = config.model
     key = jax.random.key(config.train.seed)
     model_config, params = load_pretrained(
         m.path, m.dtype, mesh=mesh, param_dtype=m.param_dtype, random_init=m.random_init, key=jax.random.fold_in(key, 1)
     )
     model_config = model_config.replace(remat=m.remat, unroll_layers=m.unroll_layers)
-    return Model(Subject(model_config, new_overlay(config, model_config, params, jax.random.fold_in(key, 2))), params)
+    overlay = new_overlay(config, model_config, params, jax.random.fold_in(key, 2), total_steps)
+    return Model(Subject(model_config, overlay), params)
 
 
-def new_overlay(config: Config, model_config: models.ModelConfig, params: Tree, key: jax.Array) -> Overlay | None:
+def new_overlay(
+    config: Config, model_config: models.ModelConfig, params: Tree, key: jax.Array, total_steps: int
+) -> Overlay | None:
     """The overlay that the config names, None for full-parameter training."""
-    fields = {name: value for name, value in config.to_dict()["overlay"].items() if name != "method"}
     method = config.overlay.method
-    return None if method == "none" else init_overlay(method, model_config, params, key, **fields)
+    if method == "none":
+        return None
+    return init_overlay(method, model_config, params, key, **overlay_fields(config.overlay, total_steps))
+
+
+def overlay_fields(section: OverlaySection, total_steps: int) -> dict[str, Any]:
+    """The method's settings as the config gives them; what stays at 0 or empty is left to the method's own defaults.
+
+    A method whose schedule counts steps (a field total_step) is told the run's number. Raises QtjaxError for a name
+    that the method does not know, with near names, and for text in overlay.fields that is no name=value.
+    """
+    known = field_names(section.method)
+    given = {name: getattr(section, name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules")}
+    given = {name: value for name, value in given.items() if value} | _own_settings(section.fields)
+    for name in given:
+        if name not in known:
+            raise QtjaxError(f"overlay: {section.method} has no field {name!r}{near_names(name, known)}; it has {', '.join(known)}")
+    return ({"total_step": total_steps} if "total_step" in known else {}) | given
+
+
+def _own_settings(text: str) -> dict[str, Any]:
+    """'a=1 b=[2,3] c=text' -> {"a": 1, "b": [2, 3], "c": "text"}."""
+    out = {}
+    for part in shlex.split(text, posix=False):
+        name, equals, value = part.partition("=")
+        if not equals or not name.isidentifier():
+            raise QtjaxError(f"overlay.fields = {text!r}: {part!r} is no name=value; write 'init_r=12 target_r=8'")
+        try:
+            out[name] = json.loads(value)
+        except ValueError:
+            out[name] = value.strip("'\"")
+    return out
 
 
 def start(config: Config, mesh: Mesh, model: Model, total_steps: int) -> tuple[TrainState, Tree, Any]:
     """(state, frozen, optimizer) of step 0, on the mesh."""
-    optimizer = make_optimizer(config.train, total_steps)
+    optimizer = make_optimizer(config.train, total_steps, model.subject.decayed(), model.subject.rates())
     trainable, frozen = model.subject.split(model.params)
     frozen = jax.tree.map(jax.device_put, frozen, model.subject.frozen_shardings(mesh))
     return init_state(model.subject, mesh, trainable, optimizer), frozen, optimizer
@@ -55,13 +91,15 @@ def start(config: Config, mesh: Mesh, model: Model, total_steps: int) -> tuple[T
 
 def checkpoint_tree(state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds: only what training changes; a frozen base is read again from its own folder."""
-    return {"trainable": state.trainable, "optimizer": _plain(state.optimizer)}
+    tree = {"trainable": state.trainable, "optimizer": _plain(state.optimizer)}
+    return tree | ({"method": state.method} if state.method else {})
 
 
 def from_checkpoint(state: TrainState, tree: dict[str, Any]) -> TrainState:
     """The inverse of `checkpoint_tree`, in the structure of `state`."""
     leaves = jax.tree.leaves(tree["optimizer"])
-    return TrainState(tree["trainable"], jax.tree.unflatten(jax.tree.structure(state.optimizer), leaves))
+    optimizer = jax.tree.unflatten(jax.tree.structure(state.optimizer), leaves)
+    return TrainState(tree["trainable"], optimizer, tree.get("method", {}))
 
 
 def _plain(optimizer_state: Any) -> list[Any]:
@@ -69,4 +107,4 @@ def _plain(optimizer_state: Any) -> list[Any]:
     return jax.tree.leaves(optimizer_state)
 
 
-__all__ = ["Model", "checkpoint_tree", "from_checkpoint", "load_model", "new_overlay", "start"]
+__all__ = ["Model", "checkpoint_tree", "from_checkpoint", "load_model", "new_overlay", "overlay_fields", "start"]

@@ -1,27 +1,30 @@
 """What training changes (the state) and what it only reads (the frozen part)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
 from qtjax import models
-from qtjax.overlays import Overlay, overlay_axes
+from qtjax.overlays import Method, Overlay, method_named, overlay_axes
 from qtjax.parallel import param_shardings, replicated, tree_shardings
 from qtjax.tree import Tree, flatten
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """trainable: the parameter tree, or an overlay's trainable tree. optimizer: optax state over it."""
+    """trainable: the parameter tree, or an overlay's trainable tree. optimizer: optax state over it. method: what the
+    overlay's own rule after each step keeps, {} for most."""
 
     trainable: Tree
     optimizer: Any
+    method: Tree = field(default_factory=dict)
 
 
-jax.tree_util.register_dataclass(TrainState, data_fields=["trainable", "optimizer"], meta_fields=[])
+jax.tree_util.register_dataclass(TrainState, data_fields=["trainable", "optimizer", "method"], meta_fields=[])
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,56 @@ class Subject:
             return param_shardings(self.config, mesh)
         return tree_shardings(mesh, overlay_axes(self.overlay, self.config).params, self.overlay.params)
 
+    @property
+    def _method(self) -> Method | None:
+        return None if self.overlay is None else method_named(self.overlay.method)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the overlay adds a penalty to the loss."""
+        return self._method is not None and self._method.penalty is not None
+
+    def penalty(self, trainable: Tree) -> jax.Array:
+        """The overlay's penalty, float32 in nats."""
+        return self.overlay.replace(params=trainable).penalty()
+
+    def method_state(self, trainable: Tree) -> Tree:
+        """What the overlay's rule after a step keeps, before the first: its own arrays and the number of steps done."""
+        if self._method is None or self._method.after_step is None:
+            return {}
+        return {"step": jnp.int32(0), "own": self._method.state(self.overlay.spec, trainable)}
+
+    def after_step(self, trainable: Tree, method: Tree, gradients: Tree) -> tuple[Tree, Tree]:
+        """The overlay's rule after an optimizer step, where it has one."""
+        if not method:
+            return trainable, method
+        step = method["step"] + 1
+        trainable, own = self._method.after_step(self.overlay.spec, trainable, method["own"], gradients, step)
+        return trainable, {"step": step, "own": own}
+
+    def rates(self) -> dict[str, float]:
+        """{leaf path: factor on the learning rate}, for the trained leaves that have one of their own."""
+        if self._method is None:
+            return {}
+        own = self._method.rates(self.overlay.spec)
+        paths = flatten(self.overlay.params)
+        return {path: own[name] for path in paths if (name := path.rsplit("/", 1)[-1]) in own}
+
+    def decayed(self) -> dict[str, bool]:
+        """{leaf path: whether weight decay touches it}: matrices, not vectors; one layer's shape counts."""
+        if self._method is None:
+            return {path: path.rsplit("/", 1)[-1] not in ("weight", "bias") for path in flatten(models.abstract_params(self.config))}
+        leaves = self._method.leaves(self.overlay.spec)
+        return {leaf.path: len(leaf.shape) - leaf.stacked >= 2 for leaf in leaves if leaf.trained}
+
 
 def init_state(subject: Subject, mesh: Mesh, trainable: Tree, optimizer: optax.GradientTransformation) -> TrainState:
     """The state on the mesh; moments lie as their parameters do."""
     shardings = subject.shardings(mesh)
     trainable = jax.tree.map(lambda leaf, sharding: jax.device_put(leaf, sharding), trainable, shardings)
     out = optimizer_shardings(optimizer, trainable, shardings, mesh)
-    return TrainState(trainable, jax.jit(optimizer.init, out_shardings=out)(trainable))
+    method = jax.jit(subject.method_state, out_shardings=replicated(mesh))(trainable)
+    return TrainState(trainable, jax.jit(optimizer.init, out_shardings=out)(trainable), method)
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, trainable: Tree, shardings: Tree, mesh: Mesh) -> Any:

@@ -93,10 +93,18 @@ def accumulate(
 
 
 def update(
-    optimizer: optax.GradientTransformation, state: TrainState, gradients: Tree, targets: Array
+    subject: Subject, optimizer: optax.GradientTransformation, state: TrainState, gradients: Tree, targets: Array
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One optimizer step on gradients summed over the whole step and divided by its number of kept targets."""
+    """One optimizer step on gradients summed over the whole step and divided by its number of kept targets.
+
+    An overlay's penalty joins here, once a step and not once a microbatch, and so does its rule after the step.
+    """
     gradients = jax.tree.map(lambda g, p: (g / targets).astype(p.dtype), gradients, state.trainable)
-    norm = global_norm(gradients)
+    measured = {}
+    if subject.penalised:
+        measured["penalty"], own = jax.value_and_grad(subject.penalty)(state.trainable)
+        gradients = jax.tree.map(jnp.add, gradients, own)
+    measured["grad_norm"] = global_norm(gradients)
     changes, moments = optimizer.update(gradients, state.optimizer, state.trainable)
-    return TrainState(optax.apply_updates(state.trainable, changes), moments), {"grad_norm": norm}
+    trainable, method = subject.after_step(optax.apply_updates(state.trainable, changes), state.method, gradients)
+    return TrainState(trainable, moments, method), measured
