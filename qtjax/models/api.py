@@ -142,7 +142,12 @@ def _run(config: ModelConfig, params: Tree, row: _Row, edits: Edits) -> Array:
 
 
 def readout(
-    config: ModelConfig, params: Tree, hidden: Array, overlay: Any = None, rng: Array | None = None
+    config: ModelConfig,
+    params: Tree,
+    hidden: Array,
+    overlay: Any = None,
+    task_ids: Array | None = None,
+    rng: Array | None = None,
 ) -> tuple[Array, Array, str]:
     """Hidden states and the vocabulary projection as it is stored, in config.dtype: logits are their product.
 
@@ -153,7 +158,7 @@ def readout(
     dtype = jnp.dtype(config.dtype)
     edit = None
     if overlay is not None:
-        edit = overlay.expand(rng).tree.get("lm_head", {}).get("edit")
+        edit = overlay.expand(rng, task_ids).tree.get("lm_head", {}).get("edit")
     tied = config.tie_word_embeddings and (edit is None or edit.kernel is None)
     kernel, layout = (params["embed_tokens"]["embedding"], "vd") if tied else (params.get("lm_head", {}).get("kernel"), "dv")
     if edit is None:
@@ -167,9 +172,11 @@ def readout(
     return hidden, kernel, layout
 
 
-def logits(config: ModelConfig, params: Tree, hidden: Array, overlay: Any = None) -> Array:
-    """float32 logits [..., V] of hidden states [..., D]."""
-    hidden, kernel, layout = readout(config, params, hidden, overlay)
+def logits(
+    config: ModelConfig, params: Tree, hidden: Array, overlay: Any = None, task_ids: Array | None = None
+) -> Array:
+    """float32 logits [..., V] of hidden states [..., D]; arguments as in `hidden_states`."""
+    hidden, kernel, layout = readout(config, params, hidden, overlay, task_ids)
     return jnp.matmul(hidden, kernel if layout == "dv" else kernel.T, preferred_element_type=jnp.float32)
 
 
@@ -184,6 +191,8 @@ def apply(
     task_ids: Array | None = None,
 ) -> Array:
     """Logits float32 [B, L, V], jitted; arguments as in `hidden_states`; never any at virtual tokens. Slots that hold nothing real give zero logits."""
+    if overlay is not None:
+        overlay.check_tasks(task_ids)
     arrays = (input_ids, attention_mask, position_ids, segment_ids, task_ids)
     return _logits(config, params, overlay, *(x if x is None else jnp.asarray(x) for x in arrays))
 
@@ -191,4 +200,4 @@ def apply(
 @partial(jax.jit, static_argnames="config")
 def _logits(config, params, overlay, input_ids, attention_mask, position_ids, segment_ids, task_ids):
     hidden = hidden_states(config, params, input_ids, attention_mask, position_ids, segment_ids, overlay, task_ids)
-    return logits(config, params, hidden, overlay)
+    return logits(config, params, hidden, overlay, task_ids)

@@ -129,7 +129,7 @@ class LinearEdit:
         if self.down is not None:
             down = self.down.astype(jnp.float32)
             delta = exact(down if self.mid is None else down * self.mid, self.up.astype(jnp.float32))
-            w += delta if self.out is None else delta * self.out
+            w += (delta if self.out is None else delta * self.out).reshape(w.shape)  # one task: factors of one row
         w = w if self.kron is None else w + jnp.kron(*self.kron)
         w = w if self.delta is None else w + self.delta()
         scale = self.scale(own)

@@ -98,7 +98,7 @@ def _generate(config, max_new_tokens, eos, pad, greedy, params, overlay, task_id
         if two:
             hidden, cache = run(overlay.expand(None, task_ids, hidden), caches[1])
             after += (cache,)
-        return logits_of(config, params, hidden[:, -1], overlay), after
+        return logits_of(config, params, hidden[:, -1], overlay, task_ids), after
 
     def choose(logits, step):
         if greedy:

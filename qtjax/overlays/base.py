@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from qtjax import models
@@ -64,6 +65,7 @@ class Method:
     file(spec, params, frozen) -> tensors of adapter_model.safetensors where PEFT's file is a derived form; the trainables
       then stand in a file of their own. from_file(spec, tensors) -> (spec, params, frozen) of that file alone.
     in_peft: whether PEFT has the method; if not, only the file of trainables is written.
+    tasks(spec): how many tasks it tells apart, 0 for a method that knows none.
     """
 
     fields: type
@@ -83,6 +85,7 @@ class Method:
     file: Callable[[Any, Tree, Tree], dict[str, Any]] | None = None
     from_file: Callable[[Any, Mapping[str, Any]], tuple[Any, Tree, Tree]] | None = None
     in_peft: bool = True
+    tasks: Callable[[Any], int] = lambda spec: 0
 
 
 METHODS: dict[str, Method] = {}
@@ -147,6 +150,21 @@ class Overlay:
     @property
     def _own(self) -> Method:
         return method_named(self.method)
+
+    def check_tasks(self, task_ids: Any) -> None:
+        """Raises QtjaxError for task_ids that are missing or outside the overlay's tasks; traced values pass."""
+        count = self._own.tasks(self.spec)
+        if count > 1 and task_ids is None:
+            raise QtjaxError(f"task_ids: {self.method} has {count} tasks; give int [B], or [B, L] for packed rows")
+        if count and task_ids is not None and not isinstance(task_ids, jax.core.Tracer):
+            found = np.asarray(task_ids)
+            if found.size and not (0 <= found.min() and found.max() < count):
+                raise QtjaxError(f"task_ids = {found.min()}..{found.max()}: {self.method} has tasks 0 to {count - 1}")
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks the overlay tells apart; 0 where it knows none."""
+        return self._own.tasks(self.spec)
 
     @property
     def draws(self) -> bool:

@@ -47,7 +47,7 @@ def score_rows(
     # Slot t-1 of `following` is slot t of `x`. Labels are moved to the hidden states and not the other way round, since
     # they are D times smaller; the wrapped last slot is never a target, because target_mask excludes slot 0.
     following = partial(jnp.roll, shift=-1, axis=1)
-    hidden, kernel, layout = models.readout(config, params, hidden, overlay)
+    hidden, kernel, layout = models.readout(config, params, hidden, overlay, task_ids)
     nll, entropy = scoring.token_scores(
         hidden.reshape(-1, hidden.shape[-1]),
         kernel,

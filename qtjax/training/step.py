@@ -77,10 +77,10 @@ def loss_sum(subject: Subject, mesh: Mesh, trainable: Tree, frozen: Tree, rows: 
     params, overlay = subject.join(trainable, frozen)
     hidden = models.hidden_states(
         subject.config, params, rows["input_ids"], position_ids=rows["position_ids"], segment_ids=rows["segment_ids"],
-        overlay=overlay, rng=rng,
+        overlay=overlay, task_ids=rows.get("task_ids"), rng=rng,
     )  # fmt: skip
     labels, weights = (jnp.roll(rows[name], -1, axis=1) for name in ("input_ids", "weights"))
-    hidden, kernel, layout = models.readout(subject.config, params, hidden, overlay, rng)
+    hidden, kernel, layout = models.readout(subject.config, params, hidden, overlay, rows.get("task_ids"), rng)
     return head_loss(hidden, kernel, labels, weights, layout=layout, mesh=mesh)
 
 

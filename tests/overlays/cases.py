@@ -19,3 +19,17 @@ REFERENCES = {
 def known_references() -> list[str]:
     """The cases whose method is registered."""
     return [case for case, method in REFERENCES.items() if method in METHODS]
+
+
+# Small settings of each method for a model of width 32, two layers and three tasks; None: the method's defaults fit.
+SMALL: dict[str, dict] = {
+    "lora": {"r": 4}, "qlora": {"r": 4}, "dora": {"r": 4}, "loha": {"r": 3}, "lokr": {"r": 2, "decompose_both": True},
+    "adalora": {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1, "total_step": 20}, "ia3": {}, "oft": {"oft_block_size": 4},
+    "boft": {"boft_block_size": 4, "boft_n_butterfly_factor": 2}, "vera": {"r": 6}, "fourierft": {"n_frequency": 20},
+    "vblora": {"r": 2, "num_vectors": 8, "vector_length": 8}, "poly": {"r": 2, "n_tasks": 3, "n_skills": 2, "n_splits": 2},
+    "xlora": {"adapters": 3, "r": 2}, "ln_tuning": {}, "bitfit": {}, "diffprune": {}, "houlsby": {"bottleneck": 4},
+    "prompt": {"num_virtual_tokens": 3}, "ptuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
+    "mpt": {"num_virtual_tokens": 3, "num_tasks": 3, "num_ranks": 1}, "prefix": {"num_virtual_tokens": 3},
+    "llama_adapter": {"adapter_len": 3, "adapter_layers": 1}, "laplace": {"r": 4},
+}  # fmt: skip
+TASKS = ("poly", "mpt")  # methods that choose by task
