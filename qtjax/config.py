@@ -53,6 +53,8 @@ class DataSection:
     completion_column: str = knob("", "column that holds the answer (or the text); empty: by format")
     chat_template: str = knob("auto", "'auto': the tokenizer's own if it has one; 'none'; or a .jinja file")
     system_prompt: str = knob("", "system message put before conversations that have none; empty: none")
+    task_column: str = knob("", "column that says a row's task, for overlays that tell tasks apart (poly, mpt); empty: one task")
+    task_names: str = knob("", "the tasks' names in the order of their ids, comma-separated; empty: the column holds ids 0, 1, ...")
     max_length: int = knob(512, "tokens a sample may have; longer answers are cut and counted", rule=">1")
     max_samples: int = knob(0, "use only the first so many rows; 0: all", rule=">=0")
 

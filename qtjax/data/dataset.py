@@ -13,6 +13,7 @@ from qtjax.errors import QtjaxError
 
 _ARRAYS = {
     "input_ids": np.int32, "loss_mask": np.bool_, "closing": np.bool_, "offsets": np.int64, "row_index": np.int64,
+    "task_ids": np.int32,
 }  # fmt: skip
 
 
@@ -61,7 +62,7 @@ class TokenizedDataset:
 
     input_ids: int32 [total]. loss_mask: bool [total], True at targets (target position). closing: bool [total], True at
     the token that closes an answer (a target too). offsets: int64 [n+1], sample i is offsets[i]:offsets[i+1].
-    row_index: int64 [n], the source row of each sample.
+    row_index: int64 [n], the source row of each sample. task_ids: int32 [n], its task, 0 where there is only one.
     """
 
     input_ids: np.ndarray
@@ -69,6 +70,7 @@ class TokenizedDataset:
     closing: np.ndarray
     offsets: np.ndarray
     row_index: np.ndarray
+    task_ids: np.ndarray
     stats: DataStats
 
     def __len__(self) -> int:
@@ -94,7 +96,8 @@ class TokenizedDataset:
         """These samples in this order, with counts of their own; cut, skipped and noted stay those of the whole."""
         chosen = [self.sample(int(i)) for i in indices]
         rows = self.row_index[np.asarray(indices, dtype=np.int64)]
-        return assemble(chosen, rows, dataclasses.replace(self.stats, rows=len(set(rows.tolist()))))
+        stats = dataclasses.replace(self.stats, rows=len(set(rows.tolist())))
+        return assemble(chosen, rows, stats, self.task_ids[np.asarray(indices, dtype=np.int64)])
 
     def save(self, folder: str | Path) -> None:
         """Writes one .npy per array and stats.json. Raises OSError when the disk is full."""
@@ -119,7 +122,10 @@ class TokenizedDataset:
 
 
 def assemble(
-    samples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], row_index: Sequence[int] | np.ndarray, stats: DataStats
+    samples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    row_index: Sequence[int] | np.ndarray,
+    stats: DataStats,
+    task_ids: Sequence[int] | np.ndarray | None = None,
 ) -> TokenizedDataset:
     """A dataset of (input_ids, loss_mask, closing) triples; samples, tokens and trained_tokens of `stats` are counted here."""
 
@@ -130,4 +136,5 @@ def assemble(
     offsets = np.zeros(len(samples) + 1, np.int64)
     np.cumsum([len(s[0]) for s in samples], out=offsets[1:])
     counted = dataclasses.replace(stats, samples=len(samples), tokens=len(input_ids), trained_tokens=int(loss_mask.sum()))
-    return TokenizedDataset(input_ids, loss_mask, closing, offsets, np.asarray(row_index, dtype=np.int64), counted)
+    tasks = np.zeros(len(samples), np.int32) if task_ids is None else np.asarray(task_ids, np.int32)
+    return TokenizedDataset(input_ids, loss_mask, closing, offsets, np.asarray(row_index, dtype=np.int64), tasks, counted)

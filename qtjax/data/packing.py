@@ -10,11 +10,12 @@ from qtjax.errors import QtjaxError
 
 
 class Sample(NamedTuple):
-    """One sample on its way into a row: input_ids int32 [l], loss_mask bool [l] (at targets), position_ids int32 [l]."""
+    """One sample on its way into a row: input_ids int32 [l], loss_mask bool [l] (at targets), position_ids int32 [l]; its task."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     position_ids: np.ndarray
+    task_id: int = 0
 
 
 class PackedRows(NamedTuple):
@@ -22,6 +23,7 @@ class PackedRows(NamedTuple):
 
     input_ids int32 [R, L] (0 at padding). loss_mask bool [R, L], at the target position. position_ids int32 [R, L] (0 at
     padding). segment_ids int32 [R, L], 1..S in a row, 0 padding. sample int32 [R, L], index of the sample, -1 padding.
+    task_ids int32 [R, L], 0 at padding.
     """
 
     input_ids: np.ndarray
@@ -29,6 +31,7 @@ class PackedRows(NamedTuple):
     position_ids: np.ndarray
     segment_ids: np.ndarray
     sample: np.ndarray
+    task_ids: np.ndarray
 
     @property
     def labels(self) -> np.ndarray:
@@ -132,11 +135,12 @@ def fill_rows(samples: Sequence[Sample], bins: Sequence[Sequence[int]], rows: in
         position_ids=np.zeros((rows, row_length), np.int32),
         segment_ids=np.zeros((rows, row_length), np.int32),
         sample=np.full((rows, row_length), -1, np.int32),
+        task_ids=np.zeros((rows, row_length), np.int32),
     )
     for r, members in enumerate(bins):
         at = 0
         for segment, i in enumerate(members, start=1):
-            ids, mask, positions = samples[i]
+            ids, mask, positions, task = samples[i]
             slots = slice(at, at + len(ids))
             if slots.stop > row_length:
                 raise ValueError(f"bin {r} holds more than {row_length} tokens")
@@ -146,5 +150,6 @@ def fill_rows(samples: Sequence[Sample], bins: Sequence[Sequence[int]], rows: in
             out.position_ids[r, slots] = positions
             out.segment_ids[r, slots] = segment
             out.sample[r, slots] = i
+            out.task_ids[r, slots] = task
             at = slots.stop
     return out

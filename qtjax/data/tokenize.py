@@ -12,6 +12,7 @@ from qtjax.data.examples import Example, Skip, resolve_format, to_example
 from qtjax.data.progress import LateProgress
 from qtjax.data.rows import Rows
 from qtjax.data.spans import mark_turns
+from qtjax.data.tasks import task_of
 from qtjax.data.templates import render, render_turns, resolve_template
 from qtjax.data.tokenizer import closing_ids
 from qtjax.errors import QtjaxError
@@ -42,6 +43,7 @@ def tokenize(tokenizer: Any, rows: Rows, data: DataSection, *, progress: bool = 
     fmt = dataset_format(rows, data)
     samples: list[Triple] = []
     row_index: list[int] = []
+    task_ids: list[int] = []
     skipped: Counter[str] = Counter()
 
     def encode(items: list[tuple[int, Example]]) -> None:
@@ -57,6 +59,7 @@ def tokenize(tokenizer: Any, rows: Rows, data: DataSection, *, progress: bool = 
             else:
                 samples.extend(result)
                 row_index.extend([int(rows.index[i])] * len(result))
+                task_ids.extend([task_of(rows[i], data, rows.where(i))] * len(result))
 
     with LateProgress("tokenizing", len(rows), enabled=progress) as bar:
         items: list[tuple[int, Example]] = []
@@ -78,7 +81,7 @@ def tokenize(tokenizer: Any, rows: Rows, data: DataSection, *, progress: bool = 
         raise QtjaxError(
             f"{rows.name}: no sample is left to train on, all {len(rows)} rows were skipped ({reasons}); check data.completion_column and data.max_length"
         )
-    return assemble(samples, row_index, stats)
+    return assemble(samples, row_index, stats, task_ids)
 
 
 def dataset_format(rows: Rows, data: DataSection) -> str:

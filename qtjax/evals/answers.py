@@ -60,6 +60,7 @@ def answer(
     top_p: float = 1.0,
     seed: int = 0,
     overlay: Any = None,
+    task_ids: Sequence[int] | None = None,
     mesh: Mesh | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
@@ -69,6 +70,7 @@ def answer(
       prompts: token ids, not empty. max_new_tokens: at most so many per prompt. batch_size: prompts at a time, rounded
         up to the devices of `mesh`; a short last batch is filled with copies, so that its shape is no new one.
       stop_ids: a continuation ends before the first of these; they are not part of the result.
+      task_ids: each prompt's task, for overlays that tell tasks apart.
       temperature: 0 is greedy. seed: of sampling. progress: called with the number of prompts answered since the last call.
     Returns: new token ids per prompt, in the order of `prompts`.
     Raises QtjaxError: an empty prompt, or one that leaves no room under max_position_embeddings.
@@ -81,6 +83,9 @@ def answer(
                 f"prompt {i}: {len(prompt)} tokens and max_new_tokens = {max_new_tokens} pass the model's"
                 f" max_position_embeddings = {config.max_position_embeddings}; shorten one of them"
             )
+    if overlay is not None:
+        overlay.check_tasks(task_ids)
+    tells_tasks = overlay is not None and overlay.tasks and task_ids is not None
     stop = tuple(sorted(set(int(i) for i in stop_ids)))
     ways = 1 if mesh is None else parallel.batch_size(mesh)
     # A power-of-two batch no larger than needed: few prompts do not pay for a full batch.
@@ -92,13 +97,16 @@ def answer(
             ids, mask = np.zeros((batch_size, length), np.int32), np.zeros((batch_size, length), bool)
             for b, i in enumerate(filled):
                 ids[b, length - len(prompts[i]) :], mask[b, length - len(prompts[i]) :] = prompts[i], True
+            tasks = np.asarray([task_ids[i] for i in filled], np.int32) if tells_tasks else None
             if mesh is not None:
                 sharding = parallel.batch_sharding(mesh)
-                ids, mask = (jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in (ids, mask))
+                ids, mask, tasks = (
+                    x if x is None else jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in (ids, mask, tasks)
+                )
             new = models.generate(
                 config, params, ids, mask, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
                 eos_token_id=stop, pad_token_id=stop[0] if stop else 0,
-                key=jax.random.fold_in(jax.random.key(seed), number), overlay=overlay,
+                key=jax.random.fold_in(jax.random.key(seed), number), overlay=overlay, task_ids=tasks,
             )  # fmt: skip
             tokens = multihost_utils.process_allgather(new, tiled=True) if jax.process_count() > 1 else new
             for i, row in zip(members, np.asarray(tokens).tolist()):

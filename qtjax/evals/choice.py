@@ -67,14 +67,15 @@ def multiple_choice(
     Raises QtjaxError: a choice that does not fit a row, a tokenizer that is not the model's.
     """
     encoded, cut = [], 0
-    for ids, mask in encode(tokenizer, questions, data):
+    tasks = [q.task_id for q in questions for _ in q.choices]
+    for task, (ids, mask) in zip(tasks, encode(tokenizer, questions, data), strict=True):
         cut += len(ids) > row_length
         ids, kept = ids[-row_length:], mask[-row_length:].copy()
         kept[0] = False
         if kept.sum() < mask.sum():
             raise QtjaxError(f"a choice of {int(mask.sum())} tokens does not fit a row of {row_length}; raise train.row_length")
         check_vocabulary(tokenizer, config.vocab_size, ids)
-        encoded.append(Sample(ids, kept, np.arange(len(ids), dtype=np.int32)))
+        encoded.append(Sample(ids, kept, np.arange(len(ids), dtype=np.int32), task))
     found = likelihood(
         config, params, encoded, row_length=row_length, rows=rows, overlay=overlay, mesh=mesh, progress=progress
     )

@@ -23,6 +23,7 @@ class Question(NamedTuple):
     choices: tuple[str, ...]
     answer: int
     trained: bool = False
+    task_id: int = 0
 
 
 def read_question(row: Mapping[str, Any], form: str = "auto", where: str = "row") -> Question:

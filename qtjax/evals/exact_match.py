@@ -13,11 +13,12 @@ from qtjax.tree import Tree
 
 
 class Prompt(NamedTuple):
-    """One question: token ids of the prompt up to where the answer begins, the completion that the data gives, its row."""
+    """One question: token ids of the prompt up to where the answer begins, the completion that the data gives, its row and task."""
 
     ids: Sequence[int]
     completion: str
     row: Mapping[str, Any]
+    task_id: int = 0
 
 
 class Answered(NamedTuple):
@@ -71,7 +72,7 @@ def exact_match(
     rules = [rule_named(name) for name in names]
     new = answer(
         config, params, [p.ids for p in prompts], max_new_tokens=max_new_tokens, batch_size=batch_size,
-        stop_ids=stop_ids, overlay=overlay, mesh=mesh, progress=progress,
+        stop_ids=stop_ids, overlay=overlay, task_ids=[p.task_id for p in prompts], mesh=mesh, progress=progress,
     )  # fmt: skip
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     answered = []

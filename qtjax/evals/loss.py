@@ -31,7 +31,7 @@ def whole_sequences(dataset: TokenizedDataset, samples: Iterable[int]) -> list[S
     out = []
     for i in samples:
         ids, mask, _ = dataset.sample(int(i))
-        out.append(Sample(ids, mask, np.arange(len(ids), dtype=np.int32)))
+        out.append(Sample(ids, mask, np.arange(len(ids), dtype=np.int32), int(dataset.task_ids[i])))
     return out
 
 

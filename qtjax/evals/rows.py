@@ -32,7 +32,7 @@ class Likelihood(NamedTuple):
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
 def _token_scores(config, params, overlay, rows, mesh):
-    scores = score_rows(config, params, overlay, rows, mesh)
+    scores = score_rows(config, params, overlay, rows, mesh, rows.get("task_ids"))
     # Every host sums the same numbers, so every host needs all of them; they are small beside the activations.
     return scores if mesh is None else jax.lax.with_sharding_constraint(scores, parallel.replicated(mesh))
 
@@ -65,6 +65,8 @@ def likelihood(
       progress: called with the number of samples done since the last call.
     Returns: Likelihood, one entry per sample; a sample's first token is never a target.
     """
+    if overlay is not None:
+        overlay.check_tasks(np.asarray([s.task_id for s in samples], np.int32))
     bins = pack([len(s.input_ids) for s in samples], row_length)
     ways = 1 if mesh is None else parallel.batch_size(mesh)
     rows = parallel.round_up(min(rows, max(len(bins), 1)), ways)
@@ -73,6 +75,7 @@ def likelihood(
         for at in range(0, len(bins), rows):
             packed = fill_rows(samples, bins[at : at + rows], rows, row_length)
             names = ("input_ids", "loss_mask", "position_ids", "segment_ids")
+            names += ("task_ids",) if overlay is not None and overlay.tasks else ()
             device_rows = _on_device({name: getattr(packed, name) for name in names}, mesh)
             scored = _token_scores(config, params, overlay, device_rows, mesh)
             owner = packed.sample[packed.loss_mask]

@@ -13,6 +13,7 @@ from qtjax.data.examples import Example, to_example
 from qtjax.data.prepare import held_out_rows
 from qtjax.data.progress import LateProgress
 from qtjax.data.rows import Rows, from_objects
+from qtjax.data.tasks import task_of
 from qtjax.data.templates import resolve_template
 from qtjax.data.tokenize import dataset_format, prompt_and_answer, tokenize
 from qtjax.data.tokenizer import check_vocabulary
@@ -79,7 +80,10 @@ def load_held_out(
     dataset = prompts = questions = None
     skipped = 0
     if "choice" in tasks:
-        questions = [read_question(chosen[i], choice_form, chosen.where(i)) for i in range(len(chosen))]
+        questions = [
+            read_question(chosen[i], choice_form, chosen.where(i))._replace(task_id=task_of(chosen[i], config.data, chosen.where(i)))
+            for i in range(len(chosen))
+        ]
     if {"loss", "exact_match"} & set(tasks):
         dataset = tokenize(tokenizer, chosen, config.data)
         check_vocabulary(tokenizer, model_config.vocab_size, dataset.input_ids)
@@ -102,7 +106,7 @@ def _prompts(config: Config, tokenizer: Any, rows: Rows) -> list[Prompt]:
             ids, completion = prompt_and_answer(
                 tokenizer, example, template, rows.where(i), system_prompt=config.data.system_prompt
             )
-            out.append(Prompt(ids.tolist(), completion, row))
+            out.append(Prompt(ids.tolist(), completion, row, task_of(row, config.data, rows.where(i))))
     return out
 
 

@@ -18,7 +18,8 @@ from qtjax.training.ladder import cut
 class ScoringBatch:
     """Samples side by side, padded on the right: what the decision is made on.
 
-    indices int64 [N], -1 for padding; input_ids int32 [N, T]; targets, closing bool [N, T]; lengths int32 [N] in tokens.
+    indices int64 [N], -1 for padding; input_ids int32 [N, T]; targets, closing bool [N, T]; lengths int32 [N] in tokens;
+    task_ids int32 [N].
     """
 
     indices: np.ndarray
@@ -26,6 +27,7 @@ class ScoringBatch:
     targets: np.ndarray
     closing: np.ndarray
     lengths: np.ndarray
+    task_ids: np.ndarray
 
     @property
     def valid(self) -> np.ndarray:
@@ -58,14 +60,17 @@ def read_batch(dataset, indices: np.ndarray, length: int) -> ScoringBatch:
             lengths[i] = len(ids)
             input_ids[i, : len(ids)], targets[i, : len(ids)], closing[i, : len(ids)] = ids, mask, close
     targets[:, 0] = closing[:, 0] = False  # nothing stands before a sample's first token
-    return ScoringBatch(np.asarray(indices), input_ids, targets, closing, lengths)
+    indices = np.asarray(indices)
+    tasks = np.where(indices >= 0, dataset.task_ids[np.maximum(indices, 0)], 0)
+    return ScoringBatch(indices, input_ids, targets, closing, lengths, tasks)
 
 
 def whole_samples(batch: ScoringBatch) -> list[Sample]:
     """Every sample as it is, for the scoring pass; padding is an empty one."""
     slots = np.arange(batch.input_ids.shape[1], dtype=np.int32)
     return [
-        Sample(batch.input_ids[i, :n], batch.targets[i, :n], slots[:n]) for i, n in enumerate(batch.lengths.tolist())
+        Sample(batch.input_ids[i, :n], batch.targets[i, :n], slots[:n], int(batch.task_ids[i]))
+        for i, n in enumerate(batch.lengths.tolist())
     ]
 
 
@@ -78,9 +83,10 @@ def survivors(batch: ScoringBatch, tokens: np.ndarray, prune: PruneSection) -> l
     for i, n in enumerate(batch.lengths.tolist()):
         ids, kept = batch.input_ids[i, :n], tokens[i, :n]
         if prune.mode == "drop":
-            out.append(drop_tokens(ids, batch.targets[i, :n], kept, compact_positions=prune.compact_positions))
+            left = drop_tokens(ids, batch.targets[i, :n], kept, compact_positions=prune.compact_positions)
         else:
-            out.append(mask_tokens(ids, kept))
+            left = mask_tokens(ids, kept)
+        out.append(left._replace(task_id=int(batch.task_ids[i])))
     return out
 
 
@@ -105,6 +111,7 @@ def _for_device(packed: PackedRows) -> dict[str, np.ndarray]:
         "position_ids": packed.position_ids,
         "segment_ids": packed.segment_ids,
         "weights": packed.loss_mask.astype(np.float32),
+        "task_ids": packed.task_ids,
     }
 
 

@@ -22,14 +22,14 @@ Shapes = Any  # a tree of jax.ShapeDtypeStruct
 
 def rows_shape(mesh: Mesh, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of one packed microbatch of `rows` x `length` slots, sharded by row."""
-    kinds = {"input_ids": jnp.int32, "position_ids": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}
+    kinds = {name: jnp.int32 for name in ("input_ids", "position_ids", "segment_ids", "task_ids")} | {"weights": jnp.float32}
     sharding = batch_sharding(mesh)
     return {name: jax.ShapeDtypeStruct((rows, length), kind, sharding=sharding) for name, kind in kinds.items()}
 
 
 def _score(subject: Subject, mesh: Mesh, trainable: Tree, frozen: Tree, rows: dict[str, jax.Array]):
     params, overlay = subject.join(trainable, frozen)
-    return score_rows(subject.config, params, overlay, rows | {"loss_mask": rows["weights"] > 0}, mesh)
+    return score_rows(subject.config, params, overlay, rows | {"loss_mask": rows["weights"] > 0}, mesh, rows["task_ids"])
 
 
 class Programs:

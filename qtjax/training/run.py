@@ -77,6 +77,7 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     shape = read_config(resolve_folder(config.model.path))
     _check_fit(config, shape)
     dataset = training_data(config.data, tokenizer)
+    check_tasks(config, shape, dataset)
     console.print(f"data    {dataset.stats.line()}", highlight=False, soft_wrap=True)
     check_vocabulary(tokenizer, shape.vocab_size, dataset.input_ids)
     held_out = _held_out(config, shape, tokenizer)
@@ -128,12 +129,23 @@ def _check_fit(config: Config, shape: ModelConfig) -> None:
             f" {shape.max_position_embeddings} positions (max_position_embeddings); lower it to that"
         )
     if config.overlay.method != "none":  # a mistake in the overlay's settings costs nothing yet
-        abstract_overlay(config.overlay.method, shape, **overlay_fields(config.overlay, 1))
+        overlay = abstract_overlay(config.overlay.method, shape, **overlay_fields(config.overlay, 1))
+        if overlay.tasks > 1 and not config.data.task_column:
+            raise QtjaxError(
+                f"data.task_column = '': {config.overlay.method} is set up for {overlay.tasks} tasks; name the column that says each row's"
+                " task, or set up one task"
+            )
     if config.overlay.method == "none" and config.model.param_dtype != "float32":
         raise QtjaxError(
             f"model.param_dtype = {config.model.param_dtype!r}: full-parameter training keeps float32 parameters, since small"
             " updates vanish in 16 bits; set it to float32 (model.dtype may be bfloat16), or use an overlay"
         )
+
+
+def check_tasks(config: Config, shape: ModelConfig, dataset: TokenizedDataset) -> None:
+    """Raises QtjaxError when the data hold a task that the overlay has no place for."""
+    if config.overlay.method != "none":
+        abstract_overlay(config.overlay.method, shape, **overlay_fields(config.overlay, 1)).check_tasks(dataset.task_ids)
 
 
 def fingerprint(dataset: TokenizedDataset) -> str:

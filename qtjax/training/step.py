@@ -72,15 +72,15 @@ def decide(
 def loss_sum(subject: Subject, mesh: Mesh, trainable: Tree, frozen: Tree, rows: Rows, rng: Array | None) -> Array:
     """sum(weights * nll) over a packed microbatch, float32 nats.
 
-    rows: input_ids, position_ids, segment_ids int32 [B, L]; weights float32 [B, L] at target positions, 0 in slot 0.
+    rows: input_ids, position_ids, segment_ids, task_ids int32 [B, L]; weights float32 [B, L] at target positions, 0 in slot 0.
     """
     params, overlay = subject.join(trainable, frozen)
     hidden = models.hidden_states(
         subject.config, params, rows["input_ids"], position_ids=rows["position_ids"], segment_ids=rows["segment_ids"],
-        overlay=overlay, task_ids=rows.get("task_ids"), rng=rng,
+        overlay=overlay, task_ids=rows["task_ids"], rng=rng,
     )  # fmt: skip
     labels, weights = (jnp.roll(rows[name], -1, axis=1) for name in ("input_ids", "weights"))
-    hidden, kernel, layout = models.readout(subject.config, params, hidden, overlay, rows.get("task_ids"), rng)
+    hidden, kernel, layout = models.readout(subject.config, params, hidden, overlay, rows["task_ids"], rng)
     return head_loss(hidden, kernel, labels, weights, layout=layout, mesh=mesh)
 
 
