@@ -1,6 +1,6 @@
 """Parameter-efficient fine-tuning as overlays: one method a file, one line of registration each."""
 
-from qtjax.overlays import lora, poly
+from qtjax.overlays import lora, poly, xlora
 from qtjax.overlays.base import (
     METHODS, Method, Overlay, abstract_overlay, field_names, init_overlay, method_named, overlay_axes, register,
 )  # fmt: skip
@@ -8,6 +8,7 @@ from qtjax.overlays.merge import merge
 
 register("lora", lora.METHOD)
 register("poly", poly.METHOD)
+register("xlora", xlora.METHOD)
 
 __all__ = [
     "METHODS", "Method", "Overlay", "abstract_overlay", "field_names", "init_overlay", "merge", "method_named", "overlay_axes",

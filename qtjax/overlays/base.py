@@ -66,6 +66,9 @@ class Method:
       then stand in a file of their own. from_file(spec, tensors) -> (spec, params, frozen) of that file alone.
     in_peft: whether PEFT has the method; if not, only the file of trainables is written.
     tasks(spec): how many tasks it tells apart, 0 for a method that knows none.
+    given(spec, fields) -> {leaf path: first value} of the arrays that a caller hands over among the fields.
+    parts(spec) -> {subfolder: its adapter_config.json} of adapters that this one is made of: tensors whose key begins
+      with "<subfolder>/" stand in that folder's file, and `read` finds their configs under "parts".
     """
 
     fields: type
@@ -86,6 +89,8 @@ class Method:
     from_file: Callable[[Any, Mapping[str, Any]], tuple[Any, Tree, Tree]] | None = None
     in_peft: bool = True
     tasks: Callable[[Any], int] = lambda spec: 0
+    given: Callable[[Any, Mapping[str, Any]], Mapping[str, Array]] = lambda spec, fields: {}
+    parts: Callable[[Any], Mapping[str, dict[str, Any]]] = lambda spec: {}
 
 
 METHODS: dict[str, Method] = {}
@@ -205,7 +210,12 @@ def init_overlay(
     """
     own, base = method_named(method), _base(config, params)
     spec = own.read(base, fields, True)
-    return Overlay(method, spec, *table.initial(own.leaves(spec), key, base.leaves))
+    leaves = own.leaves(spec)
+    params, frozen = table.initial(leaves, key, base.leaves)
+    given = own.given(spec, fields)
+    if given:
+        params, frozen = table.split(leaves, flatten(params) | flatten(frozen) | dict(given))
+    return Overlay(method, spec, params, frozen)
 
 
 def abstract_overlay(method: str, config: models.ModelConfig, **fields: Any) -> Overlay:
