@@ -1,7 +1,5 @@
 """python -m qtjax.evaluate --config configs/smol.py: held-out loss, exact match, multiple choice of a model or a run."""
 
-import json
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qtjax.atomic import write_atomic
+from qtjax.atomic import write_json
 from qtjax.config import load_config
 from qtjax.errors import QtjaxError, door
 
@@ -60,17 +58,8 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
         record |= {task: result.summary() for task, result in results.items()}
         if held_out.prompts is not None:
             record["exact_match"] |= {"skipped": held_out.skipped, "answers": [a._asdict() for a in results["exact_match"].answers]}
-        write_atomic(own["out"], json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write_json(own["out"], record)
         console.print(f"written: {own['out']}", highlight=False, soft_wrap=True)
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinity become null: JSON has none."""
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def results_table(results: dict[str, Any], name: str) -> Table:
