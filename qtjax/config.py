@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -232,24 +233,41 @@ def load_config(
     Returns: (validated Config, {name: value} of `extra`). Raises QtjaxError for anything mistyped.
     """
     extra = extra or {}
-    parser = flag_parser(prog, description, extra)
+    parser = flag_parser(prog, description, extra, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", help="show this text; with --config, with that file's values")
     parser.add_argument("--config", help=f"experiment file with get_config() (default: {_DEFAULT_FILE!r})")
-    kinds = {}
+    flags = {}
     for section in fields(Config):
         group = parser.add_argument_group(section.name)
         for f in fields(section.type):
             name = f"{section.name}.{f.name}"
-            choices = f" [{' | '.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
-            said = f"{f.metadata['doc']}{choices} (default: {f.default!r}, unless the config file sets it)"
-            group.add_argument(f"--{dashed(name)}", dest=name, metavar=f.type.__name__, help=said.replace("%", "%%"))
-            kinds[name] = f.type
+            flags[name] = f, group.add_argument(f"--{dashed(name)}", dest=name, metavar=f.type.__name__)
     given, unknown = parser.parse_known_args(argv)
+    if given.help:
+        _print_help(parser, flags, given.config)
     refuse_unknown(parser, unknown)
     own = typed_flags(given, extra)
     config = read_config(given.config or _DEFAULT_FILE)
-    texts = {name: getattr(given, name) for name in kinds}
-    changes = {name: typed(f"{name} =", kind, texts[name], dashed(name)) for name, kind in kinds.items() if texts[name] is not None}
+    texts = {name: getattr(given, name) for name in flags}
+    changes = {
+        name: typed(f"{name} =", f.type, texts[name], dashed(name)) for name, (f, _) in flags.items() if texts[name] is not None
+    }
     return validate(override(config, changes)), own
+
+
+def _print_help(parser: argparse.ArgumentParser, flags: dict[str, Any], file: str | None) -> typing.NoReturn:
+    """Each field's default, and what `file` makes of it; a file that cannot be read is no reason to withhold the rest."""
+    here = {}
+    if file:
+        with contextlib.suppress(QtjaxError):
+            here = read_config(file).flat()
+    for name, (f, action) in flags.items():
+        choices = f" [{' | '.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
+        value = here.get(name, f.default)
+        said = f"; {Path(file).name}: {value!r}" if value != f.default else "" if here else ", unless the config file sets it"
+        action.help = f"{f.metadata['doc']}{choices} (default: {f.default!r}{said})".replace("%", "%%")
+    parser.print_help()
+    raise SystemExit(0)
 
 
 def to_json(config: Config) -> str:
