@@ -223,19 +223,22 @@ def override(config: Config, values: dict[str, Any]) -> Config:
 
 
 def load_config(
-    prog: str, description: str, argv: Sequence[str] | None = None, extra: Flags | None = None
+    prog: str, description: str, argv: Sequence[str] | None = None, extra: Flags | None = None, *, run_flag: str = ""
 ) -> tuple[Config, dict[str, Any]]:
     """Parses a door's command line: `--config FILE`, one typed flag per field, and the door's own flags.
 
     Args:
       prog: "python -m qtjax.train"; description: first line of --help.
       extra: the door's own flags, {"name": (default, doc)}; typed by their default.
+      run_flag: the one of `extra` that may name a run folder. It does, and no --config was given: the run's own config
+        is what the other flags change, so that a run is measured on its own data and not on the default file's.
     Returns: (validated Config, {name: value} of `extra`). Raises QtjaxError for anything mistyped.
     """
     extra = extra or {}
     parser = flag_parser(prog, description, extra, add_help=False)
     parser.add_argument("-h", "--help", action="store_true", help="show this text; with --config, with that file's values")
-    parser.add_argument("--config", help=f"experiment file with get_config() (default: {_DEFAULT_FILE!r})")
+    or_run = f", or the run's own config where --{run_flag} is a run folder" if run_flag else ""
+    parser.add_argument("--config", help=f"experiment file with get_config() (default: {_DEFAULT_FILE!r}{or_run})")
     flags = {}
     for section in fields(Config):
         group = parser.add_argument_group(section.name)
@@ -247,7 +250,10 @@ def load_config(
         _print_help(parser, flags, given.config)
     refuse_unknown(parser, unknown)
     own = typed_flags(given, extra)
-    config = read_config(given.config or _DEFAULT_FILE)
+    if run_flag and not given.config and own[run_flag] and is_run_folder(own[run_flag]):
+        config = run_config(own[run_flag])
+    else:
+        config = read_config(given.config or _DEFAULT_FILE)
     texts = {name: getattr(given, name) for name in flags}
     changes = {
         name: typed(f"{name} =", f.type, texts[name], dashed(name)) for name, (f, _) in flags.items() if texts[name] is not None
@@ -268,6 +274,26 @@ def _print_help(parser: argparse.ArgumentParser, flags: dict[str, Any], file: st
         action.help = f"{f.metadata['doc']}{choices} (default: {f.default!r}{said})".replace("%", "%%")
     parser.print_help()
     raise SystemExit(0)
+
+
+def is_run_folder(path: str | Path) -> bool:
+    """Whether config.json in `path` is a run's (sections), not a model's. Raises QtjaxError if it is damaged."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return False
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise QtjaxError(f"{file}: is not valid JSON ({error}); the folder is damaged") from None
+    return isinstance(raw, dict) and isinstance(raw.get("train"), dict)
+
+
+def run_config(folder: str | Path) -> Config:
+    """The config that a run folder was written with. Raises QtjaxError when it is no run folder."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise QtjaxError(f"{folder}: no config.json there, so this is no run folder; give the run.folder of a training run")
+    return from_json(file.read_text(encoding="utf-8"))
 
 
 def to_json(config: Config) -> str:
