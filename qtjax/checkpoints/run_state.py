@@ -77,7 +77,7 @@ class RunState:
         """
         self.wait()
         self._writing = step
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
         with self._refusals():
             self._sound().save(step, args=arguments)
 
@@ -91,20 +91,26 @@ class RunState:
         """The newest step that stands on the disk, None if there is none."""
         return self._sound().latest_step()
 
-    def restore(self, target: Any) -> Restored | None:
+    def restore(self, target: Any, *, part: bool = False) -> Restored | None:
         """The newest readable checkpoint, or None if there is none.
 
-        Args: target: a tree of arrays or jax.ShapeDtypeStruct with shardings; its structure and shapes must match.
+        Args:
+          target: a tree of arrays or jax.ShapeDtypeStruct with shardings; its structure and shapes must match.
+          part: the checkpoint may hold more than `target`, which is then neither read nor given memory.
         Raises QtjaxError when there are checkpoints and none can be read.
         """
         manager = self._sound()
         steps = sorted(manager.all_steps(), reverse=True)
+        # Descriptions only: Orbax hands back what a partial restore does not find as it was asked for, and says nothing.
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target)
+        placed = ocp.checkpoint_utils.construct_restore_args(target)
+        state = ocp.args.PyTreeRestore(target, restore_args=placed, partial_restore=part)
         skipped: list[int] = []
         reason = ""
         for step in steps:
             try:
-                arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
-                found = manager.restore(step, args=arguments)
+                found = manager.restore(step, args=ocp.args.Composite(state=state, meta=ocp.args.JsonRestore()))
+                _check_whole(found.state)
             except Exception as error:  # noqa: BLE001 - a damaged file raises whatever its reader raises
                 reason = " ".join(str(error).split())[:160]
                 skipped.append(step)
@@ -135,3 +141,10 @@ class RunState:
             self.wait()
         finally:
             self._let_go()
+
+
+def _check_whole(state: Any) -> None:
+    """Raises ValueError for leaves that are still descriptions."""
+    missing = [jax.tree_util.keystr(path) for path, x in jax.tree.leaves_with_path(state) if isinstance(x, jax.ShapeDtypeStruct)]
+    if missing:
+        raise ValueError(f"it has no {', '.join(missing[:3])}")

@@ -25,6 +25,26 @@ def assert_restored(state: RunState, step: int, key: int) -> None:
     jax.tree.map(np.testing.assert_array_equal, found.state, tree(key))
 
 
+def test_a_part_is_restored_alone(tmp_path):
+    """part=True reads what the target names and nothing else; a leaf that no checkpoint has is an error, not a gap; whole
+    restores stay strict, and all of it works in one process with saving."""
+    state = RunState(tmp_path / "checkpoints")
+    state.save(1, tree(1), {"step": 1})
+    state.wait()
+    trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree(0)["trainable"])
+    found = state.restore({"trainable": trainable}, part=True)
+    assert set(found.state) == {"trainable"} and found.meta == {"step": 1}
+    np.testing.assert_array_equal(found.state["trainable"]["kernel"], tree(1)["trainable"]["kernel"])
+    with pytest.raises(QtjaxError, match="can be read .it has no .*'bias'"):
+        state.restore({"trainable": trainable | {"bias": jnp.zeros(3)}}, part=True)
+    with pytest.raises(QtjaxError, match="none of the checkpoints"):
+        state.restore({"trainable": trainable})
+    state.save(2, tree(2), {"step": 2})
+    state.wait()
+    assert_restored(state, 2, 2)
+    state.close()
+
+
 @pytest.mark.parametrize("free", [400_000, 0])
 def test_a_disk_that_fills_up_costs_one_checkpoint_and_not_the_ones_before(small_disk, free):
     """ENOSPC while the background thread writes (400 kB free) or at the first folder (none): one line that names step and
