@@ -2,9 +2,12 @@
 
 import contextlib
 import errno
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from qtjax.errors import QtjaxError
 
@@ -64,6 +67,21 @@ def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
                 os.unlink(temporary)
             raise
         sync_folder(path.parent)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """`write_atomic` of indented JSON. NaN and infinity become null: JSON has none. Numpy numbers become Python's."""
+    write_atomic(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def append_whole(fd: int, data: bytes, path: str | os.PathLike) -> None:

@@ -4,12 +4,12 @@
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import math
 import re
-import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from qtjax.errors import QtjaxError, near_names
+from qtjax.flags import KINDS, Flags, dashed, flag_parser, refuse_unknown, typed, typed_flags
 
+_DEFAULT_FILE = "configs/smol.py"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -171,7 +173,7 @@ def validate(config: Config) -> Config:
             if f.type is float and type(value) is int:
                 value = float(value)
             if type(value) is not f.type:
-                raise QtjaxError(f"{name} = {value!r}: must be {_kind(f.type)}, is {type(value).__name__}")
+                raise QtjaxError(f"{name} = {value!r}: must be {KINDS[f.type]}, is {type(value).__name__}")
             _check(name, value, f.metadata)
     if config.train.row_length and config.train.row_length < config.data.max_length:
         raise QtjaxError(
@@ -189,25 +191,6 @@ def _check(name: str, value: Any, metadata: types.MappingProxyType | dict) -> No
         raise QtjaxError(f"{name} = {value}: must be a finite number")
     if rule and not _RULES[rule][0](value):
         raise QtjaxError(f"{name} = {value!r}: {_RULES[rule][1]}; see --help for its unit and default")
-
-
-def _kind(kind: type) -> str:
-    return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}[kind]
-
-
-def _parse(name: str, kind: type, text: str) -> Any:
-    if kind is bool:
-        if text.lower() in ("true", "yes", "1", "false", "no", "0"):
-            return text.lower() in ("true", "yes", "1")
-        raise QtjaxError(f"{name} = {text!r}: must be true or false")
-    try:
-        return kind(text)
-    except ValueError:
-        raise QtjaxError(f"{name} = {text!r}: must be {_kind(kind)}, for example --{_flag(name)} 1") from None
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
 
 
 def read_config(path: str) -> Config:
@@ -242,60 +225,78 @@ def override(config: Config, values: dict[str, Any]) -> Config:
     return config
 
 
-def _extra_flag(parser: argparse.ArgumentParser, flag: str, default: Any, doc: str) -> None:
-    if type(default) is bool:
-        parser.add_argument(flag, action="store_true", help=doc)
-    else:
-        parser.add_argument(flag, default=default, help=f"{doc} (default: {default!r})", metavar=type(default).__name__)
-
-
 def load_config(
-    prog: str, description: str, argv: Sequence[str] | None = None, extra: dict[str, tuple[Any, str]] | None = None
+    prog: str, description: str, argv: Sequence[str] | None = None, extra: Flags | None = None, *, run_flag: str = ""
 ) -> tuple[Config, dict[str, Any]]:
     """Parses a door's command line: `--config FILE`, one typed flag per field, and the door's own flags.
 
     Args:
       prog: "python -m qtjax.train"; description: first line of --help.
       extra: the door's own flags, {"name": (default, doc)}; typed by their default.
+      run_flag: the one of `extra` that may name a run folder. It does, and no --config was given: the run's own config
+        is what the other flags change, so that a run is measured on its own data and not on the default file's.
     Returns: (validated Config, {name: value} of `extra`). Raises QtjaxError for anything mistyped.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
     extra = extra or {}
-    parser = argparse.ArgumentParser(prog=prog, description=description, add_help=True, allow_abbrev=False)
-    parser.add_argument("--config", default="configs/smol.py", help="experiment file with get_config() (default: %(default)s)")
-    for name, (default, doc) in extra.items():
-        _extra_flag(parser, f"--{_flag(name)}", default, doc)
-    kinds: dict[str, type] = {}
-    base = Config()
+    parser = flag_parser(prog, description, extra, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", help="show this text; with --config, with that file's values")
+    or_run = f", or the run's own config where --{run_flag} is a run folder" if run_flag else ""
+    parser.add_argument("--config", help=f"experiment file with get_config() (default: {_DEFAULT_FILE!r}{or_run})")
+    flags = {}
     for section in fields(Config):
         group = parser.add_argument_group(section.name)
-        for f in fields(getattr(base, section.name)):
+        for f in fields(section.type):
             name = f"{section.name}.{f.name}"
-            kinds[name] = f.type
-            choices = f" [{' | '.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
-            group.add_argument(
-                f"--{_flag(name)}", dest=name, default=None, metavar=f.type.__name__,
-                help=f"{f.metadata['doc']}{choices} (default: {f.default!r}, unless the config file sets it)".replace("%", "%%"),
-            )  # fmt: skip
-    flags = [option for action in parser._actions for option in action.option_strings]
-
-    def fail(message: str) -> typing.NoReturn:
-        raise QtjaxError(f"{message}; --help lists every flag")
-
-    parser.error = fail
-    parser._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^-inf$")  # values, not flags
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        bad = unknown[0].split("=")[0]
-        raise QtjaxError(f"{bad}: no such flag{near_names(bad, flags)}; --help lists every flag")
-    given = vars(known)
-    config = read_config(given["config"])
-    changes = {n: _parse(n, kind, given[n]) for n, kind in kinds.items() if given[n] is not None}
-    own = {}
-    for name, (default, _) in extra.items():
-        value = given[name.replace("-", "_")] if name.replace("-", "_") in given else given[name]
-        own[name] = value if type(value) is type(default) else _parse(name, type(default), value)
+            flags[name] = f, group.add_argument(f"--{dashed(name)}", dest=name, metavar=f.type.__name__)
+    given, unknown = parser.parse_known_args(argv)
+    if given.help:
+        _print_help(parser, flags, given.config)
+    refuse_unknown(parser, unknown)
+    own = typed_flags(given, extra)
+    if run_flag and not given.config and own[run_flag] and is_run_folder(own[run_flag]):
+        config = run_config(own[run_flag])
+    else:
+        config = read_config(given.config or _DEFAULT_FILE)
+    texts = {name: getattr(given, name) for name in flags}
+    changes = {
+        name: typed(f"{name} =", f.type, texts[name], dashed(name)) for name, (f, _) in flags.items() if texts[name] is not None
+    }
     return validate(override(config, changes)), own
+
+
+def _print_help(parser: argparse.ArgumentParser, flags: dict[str, Any], file: str | None) -> typing.NoReturn:
+    """Each field's default, and what `file` makes of it; a file that cannot be read is no reason to withhold the rest."""
+    here = {}
+    if file:
+        with contextlib.suppress(QtjaxError):
+            here = read_config(file).flat()
+    for name, (f, action) in flags.items():
+        choices = f" [{' | '.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
+        value = here.get(name, f.default)
+        said = f"; {Path(file).name}: {value!r}" if value != f.default else "" if here else ", unless the config file sets it"
+        action.help = f"{f.metadata['doc']}{choices} (default: {f.default!r}{said})".replace("%", "%%")
+    parser.print_help()
+    raise SystemExit(0)
+
+
+def is_run_folder(path: str | Path) -> bool:
+    """Whether config.json in `path` is a run's (sections), not a model's. Raises QtjaxError if it is damaged."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return False
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise QtjaxError(f"{file}: is not valid JSON ({error}); the folder is damaged") from None
+    return isinstance(raw, dict) and isinstance(raw.get("train"), dict)
+
+
+def run_config(folder: str | Path) -> Config:
+    """The config that a run folder was written with. Raises QtjaxError when it is no run folder."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise QtjaxError(f"{folder}: no config.json there, so this is no run folder; give the run.folder of a training run")
+    return from_json(file.read_text(encoding="utf-8"))
 
 
 def to_json(config: Config) -> str:

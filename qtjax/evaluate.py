@@ -1,7 +1,5 @@
 """python -m qtjax.evaluate --config configs/smol.py: held-out loss, exact match, multiple choice of a model or a run."""
 
-import json
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qtjax.atomic import write_atomic
+from qtjax.atomic import write_json
 from qtjax.config import load_config
 from qtjax.errors import QtjaxError, door
 
@@ -18,7 +16,7 @@ from qtjax.errors import QtjaxError, door
 def main(argv: Sequence[str] | None = None, console: Console | None = None) -> None:
     config, own = load_config(
         "python -m qtjax.evaluate",
-        "Evaluates a model, an adapter or a training run on the config's held-out data.",
+        "Evaluates a model, an adapter or a training run on held-out data: the config's, or without --config the run's own.",
         argv,
         {
             "checkpoint": ("", "run folder, PEFT adapter, HF folder or hub name; empty: model.path"),
@@ -28,12 +26,13 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
             "show": (3, "generated answers printed"),
             "out": ("", "JSON file to write; empty: print only"),
         },
+        run_flag="checkpoint",
     )
     from qtjax import evals
+    from qtjax.data.prepare import data_line
     from qtjax.evals.choice_rows import FORMS
     from qtjax.evals.rules import rule_named
-    from qtjax.parallel import make_mesh
-    from qtjax.training.open_model import open_model
+    from qtjax.training.open_model import open_mesh, open_model
 
     tasks = evals.parse_tasks(own["tasks"])
     if own["rule"] != "auto":
@@ -43,13 +42,14 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     if own["out"] and not Path(own["out"]).absolute().parent.is_dir():
         raise QtjaxError(f"--out {own['out']}: its folder does not exist; make it first")
     console, began = console or Console(), time.monotonic()
-    mesh = make_mesh(config.mesh)
+    mesh = open_mesh(config.mesh, own["checkpoint"])
     model = open_model(config.model, own["checkpoint"], mesh=mesh)
     held_out = evals.load_held_out(config, model.config, model.tokenizer, tasks, choice_form=own["choice-form"])
     results = evals.evaluate(
         config, model.config, model.params, model.tokenizer, held_out, overlay=model.overlay, mesh=mesh, rule=own["rule"]
     )
     results = {task: results[task] for task in tasks}
+    console.print(data_line(config.data, held_out=True), highlight=False, soft_wrap=True, markup=False)
     console.print(results_table(results, model.name))
     if held_out.skipped:
         console.print(f"{held_out.skipped} rows left out of exact match: no answer, or no room for one", highlight=False)
@@ -60,17 +60,8 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
         record |= {task: result.summary() for task, result in results.items()}
         if held_out.prompts is not None:
             record["exact_match"] |= {"skipped": held_out.skipped, "answers": [a._asdict() for a in results["exact_match"].answers]}
-        write_atomic(own["out"], json.dumps(_finite(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write_json(own["out"], record)
         console.print(f"written: {own['out']}", highlight=False, soft_wrap=True)
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinity become null: JSON has none."""
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def results_table(results: dict[str, Any], name: str) -> Table:

@@ -18,31 +18,32 @@ _MEANING = {1: "noise: drop", 2: "misconception: prune tokens", 3: "redundant: d
 def main(argv: Sequence[str] | None = None, console: Console | None = None) -> None:
     config, own = load_config(
         "python -m qtjax.score",
-        "Scores every training sample under one model and shows which Q-Tuning would keep. Writes eu.parquet and eu_plane.png.",
+        "Scores every training sample under one model and shows which Q-Tuning would keep. Writes eu.parquet and eu_plane.png."
+        " The data are the config's, or without --config those of the run given as --checkpoint.",
         argv,
         {
             "out": ("", "folder to write"),
             "checkpoint": ("", "run folder, PEFT adapter, HF folder or hub name; empty: model.path"),
             "held-out": (False, "score the held-out data instead of the training data"),
         },
+        run_flag="checkpoint",
     )
     if not own["out"]:
         raise QtjaxError("--out: is missing; give a folder for eu.parquet and eu_plane.png")
 
     import pyarrow.parquet as pq
 
-    from qtjax.data.prepare import held_out_data, training_data
+    from qtjax.data.prepare import data_line, held_out_data, training_data
     from qtjax.data.progress import LateProgress
     from qtjax.data.tokenizer import check_vocabulary
-    from qtjax.parallel import make_mesh
     from qtjax.report.plane import draw_plane
-    from qtjax.training.open_model import open_model
+    from qtjax.training.open_model import open_mesh, open_model
     from qtjax.evals.survey import survey
 
     console, out = console or Console(), Path(own["out"])
     with disk_errors(out, "making the folder"):
         out.mkdir(parents=True, exist_ok=True)
-    mesh = make_mesh(config.mesh)
+    mesh = open_mesh(config.mesh, own["checkpoint"])
     model = open_model(config.model, own["checkpoint"], mesh=mesh)
     dataset = (held_out_data if own["held-out"] else training_data)(config.data, model.tokenizer)
     check_vocabulary(model.tokenizer, model.config.vocab_size, dataset.input_ids)
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     write_atomic(out / "eu.parquet", buffer.getvalue())
     draw_plane(table, out / "eu_plane.png", title=f"EU plane: {Path(model.name).name}")
     console.print(summary_table(table, correlation, model.name))
+    console.print(data_line(config.data, held_out=own["held-out"]), highlight=False, soft_wrap=True, markup=False)
     console.print(f"{dataset.stats.line()}\nwritten: {out / 'eu.parquet'}, {out / 'eu_plane.png'}", highlight=False, soft_wrap=True)
 
 

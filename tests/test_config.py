@@ -85,6 +85,22 @@ def test_help_shows_every_field_with_its_default(file, capsys):
     assert "default: 0.0001" in said
 
 
+def test_help_shows_what_the_file_sets(file, tmp_path, capsys):
+    """With --config, --help shows the file's values beside the defaults; a file that cannot be read hides nothing else."""
+
+    def said(*argv):
+        with pytest.raises(SystemExit) as stop:
+            load_config("prog", "what it does", list(argv))
+        assert stop.value.code == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    given = said("--help", "--config", file)
+    assert f"(default: 0.0001; c.py: 0.0003)" in given and "unless the config file" not in given
+    assert said("--config", file, "-h") == given
+    for plain in (said("--help"), said("--help", "--config", str(tmp_path / "none.py"))):
+        assert "(default: 0.0001, unless the config file sets it)" in plain and "0.0003" not in plain
+
+
 def test_own_flags_of_a_door(file):
     """A door's flags are typed by their defaults."""
     _, own = load(file, "--max-count", "3", "--loud", extra={"max_count": (1, "n"), "loud": (False, "b"), "name": ("x", "s")})

@@ -1,5 +1,7 @@
 """The two functions everybody calls: load_pretrained and save_pretrained."""
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -142,28 +144,57 @@ def _write_folder(
 ) -> None:
     existed = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
-    # Inside the destination, so that the renames below never cross a file system.
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
-        for name, shard in files.items():
-            with open(staging / name, "wb") as out:
-                for piece in hf.encode_safetensors(shard, _values(shard, leaves, homes)):
-                    out.write(piece)
-                out.flush()
-                os.fsync(out.fileno())
-        if len(files) > 1:
-            (staging / hf.INDEX).write_text(hf.index_json(files), encoding="utf-8")
-        dtype = leaves["embed_tokens/embedding"].dtype.name
-        (staging / "config.json").write_text(_json(config.replace(param_dtype=dtype).to_hf()), encoding="utf-8")
-        if source is not None:
-            _copy_tokenizer(source, staging)
-        if not (staging / "generation_config.json").exists():
-            (staging / "generation_config.json").write_text(_json(_generation(config)), encoding="utf-8")
-        _publish(staging, folder)
+        with _staging(folder) as staging:
+            for name, shard in files.items():
+                with open(staging / name, "wb") as out:
+                    for piece in hf.encode_safetensors(shard, _values(shard, leaves, homes)):
+                        out.write(piece)
+                    out.flush()
+                    os.fsync(out.fileno())
+            if len(files) > 1:
+                (staging / hf.INDEX).write_text(hf.index_json(files), encoding="utf-8")
+            dtype = leaves["embed_tokens/embedding"].dtype.name
+            (staging / "config.json").write_text(_json(config.replace(param_dtype=dtype).to_hf()), encoding="utf-8")
+            if source is not None:
+                _copy_tokenizer(source, staging)
+            if not (staging / "generation_config.json").exists():
+                (staging / "generation_config.json").write_text(_json(_generation(config)), encoding="utf-8")
+            _publish(staging, folder)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
         if not existed and not any(folder.iterdir()):
             folder.rmdir()
+
+
+@contextlib.contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """An empty folder inside the destination, so that renames out of it never cross a file system.
+
+    What a killed save left in the destination is removed: a save holds a lock on its folder, which the system lets go of
+    however the process ends, so that of two saves neither touches the other's.
+    """
+    for left in folder.glob(".saving-*"):
+        with contextlib.suppress(OSError), _locked(left):
+            shutil.rmtree(left, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        with contextlib.ExitStack() as lock:
+            with contextlib.suppress(OSError):  # a file system without locks: its leftovers are nobody's to remove
+                lock.enter_context(_locked(staging))
+            yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock; raises OSError where another save has it."""
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _publish(staging: Path, folder: Path) -> None:

@@ -4,8 +4,10 @@ Orbax writes into a temporary folder and renames it, so a checkpoint is whole or
 checkpoint and cannot be read (truncated file, empty folder) is skipped in favour of the one before it, and said.
 """
 
+import contextlib
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,8 @@ import orbax.checkpoint as ocp
 
 from qtjax.errors import QtjaxError
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save otherwise
+# Orbax narrates every save, and prints each failure four times with a traceback; failures reach us as exceptions.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Restored(NamedTuple):
@@ -32,47 +35,82 @@ class RunState:
     def __init__(self, folder: Path, keep: int = 2):
         self.folder = Path(folder).absolute()
         self._keep = keep
+        self._writing: int | None = None  # Orbax's latest_step knows nothing of a save that failed
+        self._failed = False
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=True, create=True)
         return ocp.CheckpointManager(self.folder, options=options, item_names=("state", "meta"))
 
+    def _sound(self) -> ocp.CheckpointManager:
+        """The manager; after a failed save a fresh one, since the old one raises that failure again at the next restore."""
+        if self._failed:
+            self._let_go()
+            self._manager, self._failed = self._open(), False
+        return self._manager
+
+    def _let_go(self) -> None:
+        for _ in range(3):  # after a failure each of its two threads raises once before it closes
+            with contextlib.suppress(OSError, ValueError, RuntimeError):
+                return self._manager.close()
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            self._failed = True
+            reason = " ".join(str(error).split())
+            if len(reason) > 200:  # TensorStore names long paths first and the cause last
+                reason = f"{reason[:60]} ... {reason[-120:]}"
+            raise QtjaxError(
+                f"{self.folder}: the checkpoint of step {self._writing} could not be written ({reason}); free space or"
+                " permissions there and run the same command again: it continues from the last whole checkpoint"
+            ) from error
+
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Writes in the background; the previous save is waited for first.
 
-        Raises QtjaxError when the disk refuses; checkpoints written before stay whole.
+        Raises QtjaxError when the disk refuses this save or the previous one; checkpoints written before stay whole, and
+        with space again the next save goes through.
         """
-        try:
-            self.wait()
-            arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-            self._manager.save(step, args=arguments)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise _refused(self.folder, step, error) from error
+        self.wait()
+        self._writing = step
+        arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
+        with self._refusals():
+            self._sound().save(step, args=arguments)
 
     def wait(self) -> None:
-        """Returns when the last save is on disk. Raises QtjaxError if it could not be written."""
-        try:
-            self._manager.wait_until_finished()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise _refused(self.folder, self._manager.latest_step(), error) from error
+        """Returns when the last save is on disk. Raises QtjaxError, once, if it could not be written."""
+        if not self._failed:
+            with self._refusals():
+                self._manager.wait_until_finished()
 
     def latest(self) -> int | None:
-        return self._manager.latest_step()
+        """The newest step that stands on the disk, None if there is none."""
+        return self._sound().latest_step()
 
-    def restore(self, target: Any) -> Restored | None:
+    def restore(self, target: Any, *, part: bool = False) -> Restored | None:
         """The newest readable checkpoint, or None if there is none.
 
-        Args: target: a tree of arrays or jax.ShapeDtypeStruct with shardings; its structure and shapes must match.
+        Args:
+          target: a tree of arrays or jax.ShapeDtypeStruct with shardings; its structure and shapes must match.
+          part: the checkpoint may hold more than `target`, which is then neither read nor given memory.
         Raises QtjaxError when there are checkpoints and none can be read.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        manager = self._sound()
+        steps = sorted(manager.all_steps(), reverse=True)
+        # Descriptions only: Orbax hands back what a partial restore does not find as it was asked for, and says nothing.
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target)
+        placed = ocp.checkpoint_utils.construct_restore_args(target)
+        state = ocp.args.PyTreeRestore(target, restore_args=placed, partial_restore=part)
         skipped: list[int] = []
         reason = ""
         for step in steps:
             try:
-                arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
-                found = self._manager.restore(step, args=arguments)
+                found = manager.restore(step, args=ocp.args.Composite(state=state, meta=ocp.args.JsonRestore()))
+                _check_whole(found.state)
             except Exception as error:  # noqa: BLE001 - a damaged file raises whatever its reader raises
                 reason = " ".join(str(error).split())[:160]
                 skipped.append(step)
@@ -92,19 +130,21 @@ class RunState:
         """Removes unreadable checkpoints, so that their steps can be saved again; only the run itself may."""
         if not steps:
             return
-        self._manager.close()
+        self._let_go()
         for step in steps if jax.process_index() == 0 else []:
             shutil.rmtree(self.folder / str(step), ignore_errors=True)
         self._manager = self._open()
 
     def close(self) -> None:
-        self.wait()
-        self._manager.close()
+        """Waits for the last save, then lets go of threads and files. Raises QtjaxError as `wait` does."""
+        try:
+            self.wait()
+        finally:
+            self._let_go()
 
 
-def _refused(folder: Path, step: int | None, error: Exception) -> QtjaxError:
-    reason = " ".join(str(error).split())[:200]
-    return QtjaxError(
-        f"{folder}: the checkpoint of step {step} could not be written ({reason}); free space or permissions there and run"
-        " the same command again: it continues from the last whole checkpoint"
-    )
+def _check_whole(state: Any) -> None:
+    """Raises ValueError for leaves that are still descriptions."""
+    missing = [jax.tree_util.keystr(path) for path, x in jax.tree.leaves_with_path(state) if isinstance(x, jax.ShapeDtypeStruct)]
+    if missing:
+        raise ValueError(f"it has no {', '.join(missing[:3])}")

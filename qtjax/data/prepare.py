@@ -34,6 +34,13 @@ def held_out_rows(data: DataSection) -> Rows:
     return rows.select(chosen)
 
 
+def data_line(data: DataSection, *, held_out: bool) -> str:
+    """One line that says which rows `training_rows` or `held_out_rows` are, so that nobody reads numbers of other data."""
+    if held_out:
+        return f"data: {data.eval_path}" if data.eval_path else f"data: {data.eval_fraction:.3g} of {data.path}, held out"
+    return f"data: {data.path}" + (f" without {data.eval_fraction:.3g} held out" if data.eval_fraction and not data.eval_path else "")
+
+
 def training_data(data: DataSection, tokenizer: Any, *, progress: bool = True) -> TokenizedDataset:
     """`training_rows`, tokenized; raises what loading and tokenizing raise."""
     return tokenize(tokenizer, training_rows(data), data, progress=progress)

@@ -1,19 +1,19 @@
 """Whatever a user calls a model, opened for evaluation, scoring or generation: run folder, adapter, HF folder, hub name."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
 from qtjax.checkpoints import load_adapter, load_pretrained
-from qtjax.config import ModelSection
+from qtjax.config import MeshSection, ModelSection, is_run_folder
 from qtjax.data.templates import resolve_template
 from qtjax.data.tokenizer import load_tokenizer
 from qtjax.errors import QtjaxError
 from qtjax.models import ModelConfig
 from qtjax.overlays import Overlay
-from qtjax.training.restore import load_run
+from qtjax.parallel import make_mesh
+from qtjax.training.restore import load_run, run_mesh
 from qtjax.tree import Tree
 
 
@@ -27,16 +27,9 @@ class Opened(NamedTuple):
     name: str
 
 
-def is_run_folder(path: str) -> bool:
-    """Whether config.json in `path` is a run's (sections), not a model's."""
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        return False
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise QtjaxError(f"{file}: is not valid JSON ({error}); the folder is damaged") from None
-    return isinstance(raw, dict) and isinstance(raw.get("train"), dict)
+def open_mesh(section: MeshSection, checkpoint: str) -> Mesh:
+    """The mesh of a config; a run trained on other devices than there are here is opened data parallel."""
+    return run_mesh(section) if checkpoint and is_run_folder(checkpoint) else make_mesh(section)
 
 
 def open_model(model: ModelSection, checkpoint: str = "", *, adapter: str = "", mesh: Mesh | None = None) -> Opened:

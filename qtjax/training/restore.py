@@ -3,15 +3,24 @@
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh, NamedSharding
 
 from qtjax import models
 from qtjax.checkpoints.run_state import RunState
-from qtjax.config import Config, MeshSection, from_json
+from qtjax.config import Config, MeshSection, run_config
 from qtjax.errors import QtjaxError
 from qtjax.overlays import Overlay
 from qtjax.parallel import make_mesh
-from qtjax.training.setup import checkpoint_tree, load_model, start
+from qtjax.training.setup import load_model, split
 from qtjax.tree import Tree
+
+
+def run_mesh(section: MeshSection) -> Mesh:
+    """The mesh that a run had, or data parallel over all devices where they are others than the run's."""
+    try:
+        return make_mesh(section)
+    except QtjaxError:
+        return make_mesh(MeshSection())
 
 
 def load_run(folder: str | Path) -> tuple[Config, models.ModelConfig, Tree, Overlay | None]:
@@ -21,22 +30,19 @@ def load_run(folder: str | Path) -> tuple[Config, models.ModelConfig, Tree, Over
     readable checkpoint.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise QtjaxError(f"{folder}: no config.json there, so this is no run folder; give the run.folder of a training run")
-    config = from_json((folder / "config.json").read_text())
-    try:
-        mesh = make_mesh(config.mesh)
-    except QtjaxError:  # other devices than the run had
-        mesh = make_mesh(MeshSection())
+    config = run_config(folder)
+    mesh = run_mesh(config.mesh)
     model = load_model(config, mesh)
-    state, frozen, _ = start(config, mesh, model, total_steps=1)
+    subject, (trainable, frozen) = model.subject, split(model, mesh)
+    target = jax.tree.map(_described, trainable, subject.shardings(mesh))
+    del model, trainable  # the weights before training need no room beside those after it
     checkpoints = RunState(folder / "checkpoints", config.train.keep_checkpoints)
-    found = checkpoints.restore(jax.tree.map(_described, checkpoint_tree(state)))
+    found = checkpoints.restore({"trainable": target}, part=True)  # the moments would take twice the room of the rest
     checkpoints.close()
     if found is None:
         raise QtjaxError(f"{folder}: no checkpoint yet; train for at least train.checkpoint_every steps first")
-    return config, model.config, *model.subject.join(found.state["trainable"], frozen)
+    return config, subject.config, *subject.join(found.state["trainable"], frozen)
 
 
-def _described(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+def _described(leaf: jax.Array, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

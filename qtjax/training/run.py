@@ -165,10 +165,7 @@ def base_fingerprint(frozen: Tree) -> str:
 
 
 def _resume(loop: Loop, checkpoints: RunState, folder: RunFolder, dataset: TokenizedDataset, console: Console) -> int:
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), checkpoint_tree(loop.state)
-    )
-    found = checkpoints.restore(target)
+    found = checkpoints.restore(checkpoint_tree(loop.state))
     if found is None:
         folder.cut_back(0)
         return 0

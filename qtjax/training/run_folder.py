@@ -14,7 +14,6 @@ steps are done again. So the records hold each step once.
 
 import fcntl
 import json
-import math
 import os
 import time
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from qtjax import config as configs
-from qtjax.atomic import disk_errors, remove_leftovers, write_atomic
+from qtjax.atomic import disk_errors, remove_leftovers, write_atomic, write_json
 from qtjax.config import Config
 from qtjax.errors import QtjaxError
 from qtjax.records.events import EventFile
@@ -183,7 +182,7 @@ class RunFolder:
         """Flushes, then marks the run as finished. NaN and infinity become null: JSON has none. Raises QtjaxError."""
         if self.writes:
             self.flush()
-            write_atomic(self.path / "summary.json", json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n")
+            write_json(self.path / "summary.json", summary)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """One dict a step, in order; see `qtjax.records.metrics`."""
@@ -226,21 +225,11 @@ def read_summary(path: str | os.PathLike) -> dict[str, Any]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     with disk_errors(file, "reading"):
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
     try:
         return json.loads(text)
     except ValueError as error:
         raise QtjaxError(f"{file}: not readable as JSON ({error}); restore it, or choose another run.folder") from None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _begun(path: Path) -> bool:

@@ -81,11 +81,16 @@ def _own_settings(text: str) -> dict[str, Any]:
     return out
 
 
+def split(model: Model, mesh: Mesh) -> tuple[Tree, Tree]:
+    """(trainable, frozen) as loaded, the frozen part on the mesh."""
+    trainable, frozen = model.subject.split(model.params)
+    return trainable, jax.tree.map(jax.device_put, frozen, model.subject.frozen_shardings(mesh))
+
+
 def start(config: Config, mesh: Mesh, model: Model, total_steps: int) -> tuple[TrainState, Tree, Any]:
     """(state, frozen, optimizer) of step 0, on the mesh."""
     optimizer = make_optimizer(config.train, total_steps, model.subject.decayed(), model.subject.rates())
-    trainable, frozen = model.subject.split(model.params)
-    frozen = jax.tree.map(jax.device_put, frozen, model.subject.frozen_shardings(mesh))
+    trainable, frozen = split(model, mesh)
     return init_state(model.subject, mesh, trainable, optimizer), frozen, optimizer
 
 
@@ -107,4 +112,4 @@ def _plain(optimizer_state: Any) -> list[Any]:
     return jax.tree.leaves(optimizer_state)
 
 
-__all__ = ["Model", "checkpoint_tree", "from_checkpoint", "load_model", "new_overlay", "overlay_fields", "start"]
+__all__ = ["Model", "checkpoint_tree", "from_checkpoint", "load_model", "new_overlay", "overlay_fields", "split", "start"]

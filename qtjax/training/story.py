@@ -11,7 +11,7 @@ import jax
 from rich.console import Console
 
 from qtjax import evals
-from qtjax.atomic import write_atomic
+from qtjax.atomic import write_atomic, write_json
 from qtjax.checkpoints import save_adapter, save_pretrained
 from qtjax.config import Config
 from qtjax.data.prepare import training_rows
@@ -99,7 +99,7 @@ def _base_evaluation(session: Session, folder: RunFolder) -> dict[str, Any]:
     """The untrained model's results; measured at step 0 and read back by a resumed run. QtjaxError if its loss is NaN."""
     file = folder.path / "base.json"
     if file.exists():
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     base = _evaluate(session) if session.step == 0 else {}
     if base and not math.isfinite(base["loss"]["loss"]):
         raise QtjaxError(
@@ -107,7 +107,7 @@ def _base_evaluation(session: Session, folder: RunFolder) -> dict[str, Any]:
             " weights hold NaN, or overflow model.dtype: try float32"
         )
     if folder.writes:
-        write_atomic(file, json.dumps(base, indent=2) + "\n")
+        write_json(file, base)
     return base
 
 

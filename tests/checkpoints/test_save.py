@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import subprocess
 
 import jax
 import numpy as np
@@ -145,25 +144,40 @@ def test_disk_full_damages_nothing(hf_folder, tmp_path, monkeypatch, fails_at):
     assert not (tmp_path / "new").exists()
 
 
-def test_real_full_disk(hf_folder, tmp_path):
+def test_real_full_disk(hf_folder, small_disk):
     """A file system of 64 KiB really runs full: the one-line error, and the earlier file on it is intact."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("may not mount a small file system here")
-    try:
-        config, params = load_pretrained(hf_folder().write())
-        small = load_pretrained(hf_folder(num_hidden_layers=1, intermediate_size=8, vocab_size=8).write())
-        out = save_pretrained(disk / "out", *small)
-        before = contents(out)
-        wide = hf_folder(vocab_size=2000).write()
-        with pytest.raises(QtjaxError, match="No space left on device"):
-            save_pretrained(out, *load_pretrained(wide))
-        assert contents(out) == before
-        same(load_pretrained(out)[1], small[1])
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    disk = small_disk("64k")
+    small = load_pretrained(hf_folder(num_hidden_layers=1, intermediate_size=8, vocab_size=8).write())
+    out = save_pretrained(disk / "out", *small)
+    before = contents(out)
+    wide = hf_folder(vocab_size=2000).write()
+    with pytest.raises(QtjaxError, match="No space left on device"):
+        save_pretrained(out, *load_pretrained(wide))
+    assert contents(out) == before
+    same(load_pretrained(out)[1], small[1])
+
+
+def test_what_a_killed_save_left_goes_with_the_next_one(hf_folder, run_python, tmp_path):
+    """SIGKILL while weights are written leaves a folder, which the next save removes; the folder of a live save it lets be."""
+    source, out = hf_folder().write(), tmp_path / "out"
+    killed = """
+import os, signal, sys
+from qtjax.checkpoints import load_pretrained, pretrained, save_pretrained
+config, params = load_pretrained(sys.argv[1])
+pretrained._publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+save_pretrained(sys.argv[2], config, params)
+"""
+    with pytest.raises(AssertionError):  # the interpreter was killed
+        run_python(killed, str(source), str(out))
+    assert [p.name.startswith(".saving-") for p in out.iterdir()] == [True]
+    config, params = load_pretrained(source)
+    with pretrained._staging(out) as live:
+        assert [p for p in out.iterdir()] == [live]
+        (live / "x").write_text("mine")
+        save_pretrained(out, config, params)
+        assert (live / "x").read_text() == "mine" and len(list(out.glob(".saving-*"))) == 1
+    same(load_pretrained(out)[1], params)
+    assert not list(out.glob(".saving-*"))
 
 
 def test_target_that_cannot_be_a_folder(hf_folder, tmp_path):

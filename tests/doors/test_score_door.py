@@ -45,7 +45,20 @@ def test_scores_and_choices_equal_the_plain_composition(experiment, tiny_model, 
         assert (table["step"].to_numpy()[batch[valid]] == step + 1).all()
     assert table["keep"].to_numpy().tolist() == keep.tolist() and keep.sum() == 4 + 2
     text = console.file.getvalue()
-    assert max(len(line) for line in text.splitlines() if "written" not in line) <= 80 and "Spearman" in text
+    assert max(len(line) for line in text.splitlines() if not line.startswith(("written", "data"))) <= 80 and "Spearman" in text
+
+
+def test_a_run_is_scored_on_its_own_data(experiment, full_run, tiny_data, tmp_path, monkeypatch):
+    """Without --config the run's data and settings, the same table as with its config given; the data are named."""
+    tables = []
+    for flags in ([], ["--config", experiment]):
+        with monkeypatch.context() as here:
+            here.chdir(tmp_path)  # no configs/smol.py here: nothing can come from it
+            console = Console(file=io.StringIO(), width=80)
+            main(["--checkpoint", full_run, "--out", "eu", *flags], console)
+        assert f"data: {tiny_data}\n" in console.file.getvalue()
+        tables.append(pq.read_table(tmp_path / "eu" / "eu.parquet"))
+    assert tables[0].equals(tables[1]) and tables[0].num_rows == 24
 
 
 def test_out_is_needed(experiment):
