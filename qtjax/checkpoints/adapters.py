@@ -58,18 +58,18 @@ def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") 
     if isinstance(overlay.spec, tuple) and "+" in overlay.method:
         _save_stack(folder, overlay, base_model_name)
         return
-    files = {}
+    host = jax.tree.map(_host, (overlay.params, overlay.frozen))
+    spec, files = own.saved_spec(overlay.spec, host[0]), {}
     if own.file is not None or not own.in_peft:
         files[TRAINABLE] = adapter_state_dict(overlay)
     if own.in_peft:
-        host = jax.tree.map(_host, (overlay.params, overlay.frozen))
-        files[WEIGHTS] = own.file(overlay.spec, *host) if own.file is not None else adapter_state_dict(overlay)
+        files[WEIGHTS] = own.file(spec, *host) if own.file is not None else adapter_state_dict(overlay)
     fields = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name or None,
         "revision": None,
         "inference_mode": True,
-        **own.to_peft(overlay.spec),
+        **own.to_peft(spec),
     }
     if jax.process_index() != 0:
         return
