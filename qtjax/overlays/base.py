@@ -63,8 +63,8 @@ class Method:
     rates(spec) -> {last part of a leaf's path: factor on the learning rate}.
     file(spec, params, frozen) -> tensors of adapter_model.safetensors where PEFT's file is a derived form; the trainables
       then stand in a file of their own. from_file(spec, tensors) -> (spec, params, frozen) of that file alone.
-    saved_spec(spec, params) -> the spec that an adapter is saved by, where training itself decides some of it (pruned ranks);
-      params on the host.
+    saved_spec(spec, params) -> the spec that an adapter is saved by, where training itself decides some of it (pruned
+      ranks); params on the host.
     in_peft: whether PEFT has the method; if not, only the file of trainables is written.
     """
 

@@ -22,7 +22,10 @@ CONFIG = models.ModelConfig(
 IDS = np.random.default_rng(0).integers(0, 31, (2, 9))
 KEY = jax.random.key(3)
 METHOD = method_named("adalora")
-SCHEDULE = dict(init_r=4, target_r=2, tinit=2, tfinal=4, deltaT=2, total_step=12, lora_alpha=6, target_modules="q_proj,up_proj")
+SCHEDULE = dict(
+    init_r=4, target_r=2, tinit=2, tfinal=4, deltaT=2, total_step=12, lora_alpha=6,
+    target_modules="q_proj,up_proj",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,7 @@ def test_fresh_overlay_is_bitwise_the_base(params):
 
 @pytest.mark.parametrize("fields", [dict(), dict(layers_to_transform=[1]), dict(lora_alpha=0)])
 def test_the_model_computes_with_w_plus_scaled_triplets(params, fields):
-    """W + alpha / (init_r + 1e-5) A diag(E) B in numpy float64; init_r stands for an alpha of 0; other layers are untouched."""
+    """W + alpha / (init_r + 1e-5) A diag(E) B in numpy; init_r stands for an alpha of 0; other layers are untouched."""
     overlay = random_trainables(init_overlay("adalora", CONFIG, params, KEY, **(SCHEDULE | fields)), scale=0.6)
     kernels = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(params).items()}
     parts = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(overlay.params).items()}
@@ -102,11 +105,12 @@ def test_the_model_computes_with_w_plus_scaled_triplets(params, fields):
     merged_config, merged = merge(CONFIG, params, overlay)
     np.testing.assert_allclose(logits(merged, None, merged_config), by_hand, atol=2e-4)
     for n in {0, 1, 2} - set(fields.get("layers_to_transform", range(3))):
-        np.testing.assert_array_equal(merged["layers"]["mlp"]["up_proj"]["kernel"][n], params["layers"]["mlp"]["up_proj"]["kernel"][n])
+        new, old = (tree["layers"]["mlp"]["up_proj"]["kernel"][n] for tree in (merged, params))
+        np.testing.assert_array_equal(new, old)
 
 
 def test_penalty_is_the_mean_distance_from_orthogonality(params):
-    """orth_reg_weight * mean |P P^T - I|_F over A and B of edited layers alone, and its slope at an orthogonal P is finite."""
+    """orth_reg_weight * mean |P P^T - I|_F over A and B of edited layers alone, with a finite slope at an orthogonal P."""
     fields = SCHEDULE | dict(layers_to_transform=[0, 2], orth_reg_weight=0.3)
     overlay = random_trainables(init_overlay("adalora", CONFIG, params, KEY, **fields))
     parts = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(overlay.params).items()}
@@ -124,7 +128,7 @@ def test_penalty_is_the_mean_distance_from_orthogonality(params):
 
 
 def test_budget_falls_by_the_cubic_schedule(params):
-    """All triplets until tinit, then only at every deltaT-th step the cubic budget, at total_step - tfinal the target, then no more."""
+    """All triplets until tinit, the cubic budget every deltaT steps, the target at total_step - tfinal, then no more."""
     overlay = random_trainables(init_overlay("adalora", CONFIG, params, KEY, **SCHEDULE))
     history = drive(overlay, 14, random_gradients(overlay))
     kept = [sum(int(mask.sum()) for mask in masks(state).values()) for _, state in history]
@@ -133,7 +137,8 @@ def test_budget_falls_by_the_cubic_schedule(params):
     for step, (trees, state) in enumerate(history, 1):
         zero = {path: np.asarray(flatten(trees)[path]) == 0 for path in masks(state)}
         for path, mask in masks(state).items():
-            np.testing.assert_array_equal(zero[path], ~mask if step in (4, 6) or step >= 8 else np.zeros_like(mask), str(step))
+            masked = step in (4, 6) or step >= 8
+            np.testing.assert_array_equal(zero[path], ~mask if masked else np.zeros_like(mask), str(step))
     final = masks(history[7][1])
     assert all((masks(state)[path] == mask).all() for _, state in history[8:] for path, mask in final.items())
 
@@ -172,7 +177,7 @@ def test_no_pruning_where_the_target_is_the_start(params):
 
 
 def test_pruned_overlay_is_saved_sliced_and_goes_on_exactly(params, tmp_path):
-    """rank_pattern and slices are those of E != 0, the full trainables come back bitwise, the state starts from what is left."""
+    """rank_pattern and slices are those of E != 0, the trainables come back bitwise, the state starts from what is left."""
     overlay = random_trainables(init_overlay("adalora", CONFIG, params, KEY, **SCHEDULE))
     trees, state = drive(overlay, 12, random_gradients(overlay))[-1]
     pruned = overlay.replace(params=trees)
@@ -198,7 +203,7 @@ def test_pruned_overlay_is_saved_sliced_and_goes_on_exactly(params, tmp_path):
 
 
 def test_fresh_overlay_is_saved_whole_and_keeps_its_open_schedule(params, tmp_path):
-    """E = 0 everywhere is not pruned; total_step = 0 is written as what peft takes and read back as 0; one step of it is refused."""
+    """E = 0 everywhere is not pruned; total_step = 0 is written as what peft takes, read as 0, and refused by a step."""
     overlay = init_overlay("adalora", CONFIG, params, KEY, init_r=3, target_r=2, tinit=5, tfinal=7)
     save_adapter(tmp_path, overlay)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -256,7 +261,7 @@ def test_a_wrong_rank_pattern_is_refused(params, tmp_path, pattern, message):
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ["llama-adalora", "llama-adalora-pruned"])
 def test_peft_s_recorded_file_alone_computes_the_same_and_is_written_again(shared, tmp_path, name):
-    """Without our file of trainables the recorded logits come from peft's slices, and saving gives its tensors and settings."""
+    """Without our file of trainables peft's slices give the recorded logits, and saving gives its tensors and settings."""
     folder = shared / "peft_refs" / name
     config, params = load_pretrained(folder)
     overlay = load_adapter(folder, config, params)
