@@ -42,7 +42,7 @@ def adapter_state_dict(overlay: Overlay) -> dict[str, np.ndarray]:
     `adapter_state_dict(overlay.replace(params=gradient))`.
     """
     own = method_named(overlay.method)
-    return table.tensors(own.leaves(overlay.spec), *jax.tree.map(_host, (overlay.params, overlay.frozen)))
+    return table.tensors(own.leaves(overlay.spec), *jax.tree.map(host_array, (overlay.params, overlay.frozen)))
 
 
 def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") -> None:
@@ -58,18 +58,18 @@ def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") 
     if isinstance(overlay.spec, tuple) and "+" in overlay.method:
         _save_stack(folder, overlay, base_model_name)
         return
-    files = {}
+    host = jax.tree.map(host_array, (overlay.params, overlay.frozen))
+    spec, files = own.saved_spec(overlay.spec, host[0]), {}
     if own.file is not None or not own.in_peft:
         files[TRAINABLE] = adapter_state_dict(overlay)
     if own.in_peft:
-        host = jax.tree.map(_host, (overlay.params, overlay.frozen))
-        files[WEIGHTS] = own.file(overlay.spec, *host) if own.file is not None else adapter_state_dict(overlay)
+        files[WEIGHTS] = own.file(spec, *host) if own.file is not None else adapter_state_dict(overlay)
     fields = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name or None,
         "revision": None,
         "inference_mode": True,
-        **own.to_peft(overlay.spec),
+        **own.to_peft(spec),
     }
     if jax.process_index() != 0:
         return
@@ -173,17 +173,23 @@ def _read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, np.ndarray]:
                 f"{folder / _PICKLED}: pickled weights can run code and are not read; load them with peft and save them"
                 f" with safe_serialization=True, which writes {WEIGHTS}"
             )
-        raise QtjaxError(f"{file}: missing; copy or download the adapter again")
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise QtjaxError(
-            f"{file}: not a readable safetensors file ({_one_line(error)}); it is truncated or corrupt, copy or download it again"
-        ) from None
+    tensors = read_safetensors(file)
     odd = sorted(name for name, value in tensors.items() if value.dtype.name not in _FLOATS)
     if odd:
         raise QtjaxError(f"{file}: {odd[0]!r} is stored as {tensors[odd[0]].dtype.name}; readable are {', '.join(_FLOATS)}")
     return tensors
+
+
+def read_safetensors(file: Path) -> dict[str, np.ndarray]:
+    """The file's tensors. Raises QtjaxError, one line, when it is missing or corrupt."""
+    if not file.is_file():
+        raise QtjaxError(f"{file}: missing; copy or download the adapter again")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise QtjaxError(
+            f"{file}: not a readable safetensors file ({_one_line(error)}); it is truncated or corrupt, copy or download it again"
+        ) from None
 
 
 def _plain(value: Any) -> np.ndarray:
@@ -192,7 +198,8 @@ def _plain(value: Any) -> np.ndarray:
     return np.ascontiguousarray(value, np.float32 if np.issubdtype(value.dtype, np.floating) else value.dtype)
 
 
-def _host(value: Any) -> np.ndarray:
+def host_array(value: Any) -> np.ndarray:
+    """A whole array as numpy, gathered where other hosts hold parts of it."""
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         value = multihost_utils.process_allgather(value, tiled=True)
     return np.asarray(value)

@@ -1,14 +1,18 @@
 """Parameter-efficient fine-tuning as overlays: one method a file, one line of registration each."""
 
-from qtjax.overlays import lora, poly, xlora
+from qtjax.overlays import (
+    adalora, diffprune, lora, poly, xlora,
+)  # fmt: skip
 from qtjax.overlays.base import (
     METHODS, Method, Overlay, abstract_overlay, field_names, init_overlay, method_named, overlay_axes, register,
 )  # fmt: skip
 from qtjax.overlays.merge import merge
 
 register("lora", lora.METHOD)
+register("adalora", adalora.METHOD)
 register("poly", poly.METHOD)
 register("xlora", xlora.METHOD)
+register("diffprune", diffprune.METHOD)
 
 __all__ = [
     "METHODS", "Method", "Overlay", "abstract_overlay", "field_names", "init_overlay", "merge", "method_named", "overlay_axes",

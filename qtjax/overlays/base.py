@@ -64,6 +64,8 @@ class Method:
     rates(spec) -> {last part of a leaf's path: factor on the learning rate}.
     file(spec, params, frozen) -> tensors of adapter_model.safetensors where PEFT's file is a derived form; the trainables
       then stand in a file of their own. from_file(spec, tensors) -> (spec, params, frozen) of that file alone.
+    saved_spec(spec, params) -> the spec that an adapter is saved by, where training itself decides some of it (pruned
+      ranks); params on the host.
     in_peft: whether PEFT has the method; if not, only the file of trainables is written.
     tasks(spec): how many tasks it tells apart, 0 for a method that knows none.
     given(spec, fields) -> {leaf path: first value} of the arrays that a caller hands over among the fields.
@@ -85,6 +87,7 @@ class Method:
     state: Callable[[Any, Tree], Tree] = lambda spec, params: {}
     after_step: Callable[[Any, Tree, Tree, Tree, Array], tuple[Tree, Tree]] | None = None
     rates: Callable[[Any], Mapping[str, float]] = lambda spec: {}
+    saved_spec: Callable[[Any, Tree], Any] = lambda spec, params: spec
     file: Callable[[Any, Tree, Tree], dict[str, Any]] | None = None
     from_file: Callable[[Any, Mapping[str, Any]], tuple[Any, Tree, Tree]] | None = None
     in_peft: bool = True

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.overlays.cases import REFERENCES, known_references
+from tests.overlays.cases import RECORDED_WITH, REFERENCES, known_references
 from safetensors.numpy import load_file
 
 from qtjax import models
@@ -37,7 +37,7 @@ def read_case(folder, work):
     if own.in_peft:
         shutil.copy(folder / "adapter_config.json", work)
     else:
-        fields = dict(meta["kwargs"])
+        fields = dict(meta["kwargs"]) | RECORDED_WITH.get(folder.name, {})
         fields["target_modules"] = fields.pop("targets", None)
         made = init_overlay(method, config, params, jax.random.key(0), **{k: v for k, v in fields.items() if v is not None})
         save_adapter(work, made)
