@@ -4,6 +4,7 @@ What a method's settings and tensors are called is the method's own business (`o
 folder, the bytes and how to refuse what does not fit.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ import jax
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors asks numpy for
 import numpy as np
 from jax.experimental import multihost_utils
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from qtjax import models
@@ -29,6 +30,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 TRAINABLE = "qtjax_trainable.safetensors"  # where PEFT's file is a derived form, or PEFT lacks the method
 STACK = "qtjax_stack.json"
+# Metadata of TRAINABLE: the digest of the WEIGHTS saved with it, and the settings that it is read with if not CONFIG's.
+_SHA, _RAW = "weights_sha256", "settings"
 _PICKLED = "adapter_model.bin"
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
@@ -59,11 +62,15 @@ def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") 
         _save_stack(folder, overlay, base_model_name)
         return
     files = {}
-    if own.file is not None or not own.in_peft:
+    conversion = own.conversion(overlay.spec)
+    if conversion is not None or own.file is not None or not own.in_peft:
         files[TRAINABLE] = adapter_state_dict(overlay)
     if own.in_peft:
-        host = jax.tree.map(_host, (overlay.params, overlay.frozen))
-        files[WEIGHTS] = own.file(overlay.spec, *host) if own.file is not None else adapter_state_dict(overlay)
+        trees = jax.tree.map(_host, (overlay.params, overlay.frozen))
+        if conversion is not None:
+            files[WEIGHTS] = conversion.file(*trees)
+        else:
+            files[WEIGHTS] = own.file(overlay.spec, *trees) if own.file is not None else adapter_state_dict(overlay)
     fields = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name or None,
@@ -76,9 +83,13 @@ def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") 
     with disk_errors(folder, "making the folder"):
         folder.mkdir(parents=True, exist_ok=True)
     # The weights first: to every reader a folder without its config is no adapter.
+    notes = {"format": "pt"}
     for name in (WEIGHTS, TRAINABLE):
         if name in files:
-            write_atomic(folder / name, save({k: _plain(v) for k, v in files[name].items()}, metadata={"format": "pt"}))
+            data = save({k: _plain(v) for k, v in files[name].items()}, metadata=notes)
+            write_atomic(folder / name, data)
+            notes = notes | {_SHA: hashlib.sha256(data).hexdigest()}
+            notes |= {} if conversion is None else {_RAW: json.dumps(conversion.settings)}
         else:
             (folder / name).unlink(missing_ok=True)
     # Fields in the order given: of overlapping patterns the first wins, so sorting keys would change scales.
@@ -119,13 +130,15 @@ def load_adapter(path: str | Path, config: models.ModelConfig, params: Tree | No
     method = _method(folder, peft_config)
     own = METHODS[method]
     base = Base(config, flatten(models.abstract_params(config) if params is None else params))
+    notes = _notes(folder)
     try:
-        spec = own.read(base, peft_config, False)
+        spec = own.read(base, json.loads(notes[_RAW]) if _RAW in notes else peft_config, False)
     except QtjaxError as error:
         raise QtjaxError(f"{folder / CONFIG}: {error}") from None
     derived = own.file is not None and not (folder / TRAINABLE).is_file()
-    name = WEIGHTS if own.in_peft and (own.file is None or derived) else TRAINABLE
+    name = WEIGHTS if own.in_peft and (own.file is None or derived) and _RAW not in notes else TRAINABLE
     tensors = _read_tensors(folder, name)
+    spec = own.complete(spec, sorted(tensors))
     leaves = own.leaves(spec)
     expected = jax.eval_shape(lambda trees: (own.file(spec, *trees) if derived else table.tensors(leaves, *trees)), table.abstract(leaves))
     difference = describe_difference(expected, tensors)
@@ -184,6 +197,24 @@ def _read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, np.ndarray]:
     if odd:
         raise QtjaxError(f"{file}: {odd[0]!r} is stored as {tensors[odd[0]].dtype.name}; readable are {', '.join(_FLOATS)}")
     return tensors
+
+
+def _notes(folder: Path) -> Mapping[str, str]:
+    """The metadata of the file of trainables. Raises QtjaxError when it is not of one piece with the file for PEFT."""
+    if not (folder / TRAINABLE).is_file():
+        return {}
+    try:
+        with safe_open(folder / TRAINABLE, "np") as file:
+            notes = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError):
+        return {}  # `_read_tensors` says what is wrong with it
+    weights = folder / WEIGHTS
+    if _SHA in notes and weights.is_file() and hashlib.sha256(weights.read_bytes()).hexdigest() != notes[_SHA]:
+        raise QtjaxError(
+            f"{folder / TRAINABLE}: belongs to another {WEIGHTS} than the one beside it; remove it to read that one, or"
+            " save the adapter again"
+        )
+    return notes
 
 
 def _plain(value: Any) -> np.ndarray:

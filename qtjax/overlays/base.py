@@ -19,7 +19,7 @@ from qtjax.errors import QtjaxError, near_names
 from qtjax.models import Edits
 from qtjax.overlays import leaves as table
 from qtjax.overlays.leaves import Leaf
-from qtjax.overlays.targets import Linear, linear_modules
+from qtjax.overlays.targets import End, Linear, end_modules, linear_modules
 from qtjax.tree import Tree, flatten
 
 
@@ -34,6 +34,10 @@ class Base:
     def linears(self) -> tuple[Linear, ...]:
         return linear_modules(self.leaves)
 
+    @property
+    def ends(self) -> tuple[End, ...]:
+        return end_modules(self.leaves)
+
 
 @dataclass(frozen=True)
 class Context:
@@ -46,13 +50,23 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """What one overlay's derived form is: `settings`, by which `Method.read` takes the trainables as they are, and
+    file(params, frozen) -> tensors of adapter_model.safetensors, which `Method.to_peft` describes."""
+
+    settings: Mapping[str, Any]
+    file: Callable[[Tree, Tree], dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Method:
     """One method's functions. `spec` is its frozen, hashable settings, resolved for one base model.
 
     fields: the dataclass of its settings, by PEFT's names.
     read(base, fields, strict) -> spec: `fields` by PEFT's names, from a caller or adapter_config.json; strict: also refuse
       names that match nothing while others do.
-    leaves(spec) -> every array, trained or frozen. expand(spec, params, frozen, context) -> Edits, traceable.
+    leaves(spec) -> every array, trained or frozen. start(spec, key, base, params, frozen) -> (params, frozen): initial values
+      that several arrays have in common, put in place of the leaves' own; base is {path: array}. expand(spec, params, frozen, context) -> Edits, traceable.
     to_peft(spec) -> the method's own fields of adapter_config.json. claims(peft_config) -> whether this method reads it.
     linears(spec) -> the linear modules it edits, for checks against another base.
     unmergeable: why `merge` is impossible; empty when it is possible.
@@ -61,8 +75,10 @@ class Method:
     state(spec, params) -> arrays that `after_step` keeps; after_step(spec, params, state, gradients, step) -> (params, state)
       after optimizer step number `step` (1, 2, ...), `gradients` those of the step, penalty included.
     rates(spec) -> {last part of a leaf's path: factor on the learning rate}.
+    complete(spec, names) -> spec: with what an adapter file may carry and need not, known by its tensors' names.
     file(spec, params, frozen) -> tensors of adapter_model.safetensors where PEFT's file is a derived form; the trainables
       then stand in a file of their own. from_file(spec, tensors) -> (spec, params, frozen) of that file alone.
+    conversion(spec) -> Conversion where only some settings have a derived form, which adapter_config.json then describes.
     in_peft: whether PEFT has the method; if not, only the file of trainables is written.
     """
 
@@ -73,6 +89,7 @@ class Method:
     to_peft: Callable[[Any], dict[str, Any]]
     claims: Callable[[Mapping[str, Any]], bool]
     linears: Callable[[Any], Sequence[Linear]] = lambda spec: ()
+    start: Callable[[Any, Array, Mapping[str, Any], Tree, Tree], tuple[Tree, Tree]] | None = None
     unmergeable: str = ""
     draws: Callable[[Any], bool] = lambda spec: False
     two_passes: Callable[[Any], bool] = lambda spec: False
@@ -80,8 +97,10 @@ class Method:
     state: Callable[[Any, Tree], Tree] = lambda spec, params: {}
     after_step: Callable[[Any, Tree, Tree, Tree, Array], tuple[Tree, Tree]] | None = None
     rates: Callable[[Any], Mapping[str, float]] = lambda spec: {}
+    complete: Callable[[Any, Sequence[str]], Any] = lambda spec, names: spec
     file: Callable[[Any, Tree, Tree], dict[str, Any]] | None = None
     from_file: Callable[[Any, Mapping[str, Any]], tuple[Any, Tree, Tree]] | None = None
+    conversion: Callable[[Any], Conversion | None] = lambda spec: None
     in_peft: bool = True
 
 
@@ -181,7 +200,8 @@ def init_overlay(
     """
     own, base = method_named(method), _base(config, params)
     spec = own.read(base, fields, True)
-    return Overlay(method, spec, *table.initial(own.leaves(spec), key, base.leaves))
+    trees = table.initial(own.leaves(spec), key, base.leaves)
+    return Overlay(method, spec, *(trees if own.start is None else own.start(spec, key, base.leaves, *trees)))
 
 
 def abstract_overlay(method: str, config: models.ModelConfig, **fields: Any) -> Overlay:
