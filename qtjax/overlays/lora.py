@@ -283,32 +283,9 @@ def complete(spec: LoraSpec, names: Sequence[str]) -> LoraSpec:
     return replace(spec, copies=found)
 
 
-def derived_file(leaves: Sequence[Leaf], params: Tree, frozen: Tree) -> dict[str, Any]:
-    """What PEFT reads on an untouched base: each edited module's factors joined to rank 2r, everything else as it is.
-
-    The embedding, which has no initial factors, is filled up with zeros, since one r holds for the whole file.
-    """
-    plain = [leaf for leaf in leaves if leaf.path.rsplit("/", 1)[-1] not in ("initial_A", "initial_B")]
-    tensors = table.tensors(leaves, params, frozen)
-    out = {key: tensors[key] for leaf in plain for key in leaf.keys if key is not None}
-    for a, b in ((key, key.replace("_A", "_B")) for key in list(out) if key.endswith(("lora_A.weight", "lora_embedding_A"))):
-        a0 = tensors.get(a.replace("lora_A", "initial_A")) if a.endswith("weight") else jnp.zeros_like(out[a])
-        b0 = tensors.get(b.replace("lora_B", "initial_B")) if b.endswith("weight") else jnp.zeros_like(out[b])
-        down, up = principal.joined(out[a].T, out[b].T, a0.T, b0.T)
-        out[a], out[b] = down.T, up.T
-    return out
-
-
 def lora_to_peft(spec: LoraSpec, use_dora: bool = False) -> dict[str, Any]:
-    """`Method.to_peft`; with initial factors the settings of the derived file."""
-    fields = spec.fields
-    if spec.subtracts:
-        alpha = [(key, principal.doubled(value, fields.use_rslora)) for key, value in fields.alpha_pattern]
-        fields = replace(
-            fields, r=2 * fields.r, lora_alpha=principal.doubled(fields.lora_alpha, fields.use_rslora),
-            rank_pattern=tuple((key, 2 * value) for key, value in fields.rank_pattern), alpha_pattern=tuple(alpha),
-            init_lora_weights=True,
-        )  # fmt: skip
+    """`Method.to_peft`; with initial factors the settings of the converted file."""
+    fields = principal.converted_fields(spec.fields) if spec.subtracts else spec.fields
     off = {"bias": "none", "fan_in_fan_out": False, "lora_bias": False, "layers_pattern": None}
     return {"peft_type": "LORA", **to_peft(fields), **off, "use_dora": use_dora}
 
@@ -320,7 +297,7 @@ def converts(leaves_of: Callable[[LoraSpec], list[Leaf]]) -> Callable[[LoraSpec]
         if not spec.subtracts:
             return None
         settings = {**to_peft(spec.fields), "initial_factors": "frozen"}
-        return Conversion(settings, lambda params, frozen: derived_file(leaves_of(spec), params, frozen))
+        return Conversion(settings, lambda *trees: principal.converted_file(table.tensors(leaves_of(spec), *trees)))
 
     return conversion
 

@@ -12,11 +12,14 @@ untouched base: [A, A0] and [B; -B0] of rank 2r at the same scale, the form of P
 
 import math
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from qtjax.errors import QtjaxError
@@ -87,11 +90,31 @@ def check_init(init: bool | str, ranks: list[int], scales: list[float]) -> None:
         raise QtjaxError(f"lora_alpha: must be above 0 with init_lora_weights = {init!r}")
 
 
-def doubled(alpha: float, use_rslora: bool) -> float:
-    """The lora_alpha with which rank 2r has the scale that `alpha` has with rank r."""
-    return alpha * (math.sqrt(2) if use_rslora else 2)
-
-
 def joined(a: Any, b: Any, a0: Any, b0: Any) -> tuple[Any, Any]:
     """[A, A0] [..., in, 2r] and [B; -B0] [..., 2r, out]."""
     return jnp.concatenate([a, a0], axis=-1), jnp.concatenate([b, -b0], axis=-2)
+
+
+def converted_file(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's tensors of rank 2r from those that stand apart, in torch's layouts A [r, in], B [out, r].
+
+    The embedding, which has no initial factors, is filled up with zeros, since one r holds for the whole file.
+    """
+    out = {key: value for key, value in tensors.items() if not key.endswith(("initial_A.weight", "initial_B.weight"))}
+    for a in [key for key in out if key.endswith(("lora_A.weight", "lora_embedding_A"))]:
+        b = f"{a.removesuffix('_A')}_B" if a.endswith("_A") else f"{a.removesuffix('lora_A.weight')}lora_B.weight"
+        a0, b0 = (
+            tensors[key.replace("lora_", "initial_")] if key.endswith(".weight") else np.zeros_like(out[key]) for key in (a, b)
+        )
+        out[a], out[b] = np.concatenate([out[a], a0], axis=0), np.concatenate([out[b], -b0], axis=1)
+    return out
+
+
+def converted_fields(fields: Any) -> Any:
+    """LoRA's settings for the joined factors: twice the rank, alpha so that every scale stays, the usual start."""
+    factor = math.sqrt(2) if fields.use_rslora else 2
+    return replace(
+        fields, r=2 * fields.r, lora_alpha=factor * fields.lora_alpha, init_lora_weights=True,
+        rank_pattern=tuple((key, 2 * rank) for key, rank in fields.rank_pattern),
+        alpha_pattern=tuple((key, factor * alpha) for key, alpha in fields.alpha_pattern),
+    )  # fmt: skip
