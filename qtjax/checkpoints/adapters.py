@@ -4,6 +4,7 @@ What a method's settings and tensors are called is the method's own business (`o
 folder, the bytes and how to refuse what does not fit.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ import jax
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors asks numpy for
 import numpy as np
 from jax.experimental import multihost_utils
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from qtjax import models
@@ -29,6 +30,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 TRAINABLE = "qtjax_trainable.safetensors"  # where PEFT's file is a derived form, or PEFT lacks the method
 STACK = "qtjax_stack.json"
+# Metadata of TRAINABLE: the digest of the WEIGHTS saved with it, and the settings that it is read with if not CONFIG's.
+_SHA, _RAW = "weights_sha256", "settings"
 _PICKLED = "adapter_model.bin"
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
@@ -60,10 +63,14 @@ def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") 
         return
     host = jax.tree.map(host_array, (overlay.params, overlay.frozen))
     spec, files = own.saved_spec(overlay.spec, host[0]), {}
-    if own.file is not None or not own.in_peft:
+    conversion = own.conversion(overlay.spec)
+    if conversion is not None or own.file is not None or not own.in_peft:
         files[TRAINABLE] = adapter_state_dict(overlay)
     if own.in_peft:
-        files[WEIGHTS] = own.file(spec, *host) if own.file is not None else adapter_state_dict(overlay)
+        if conversion is not None:
+            files[WEIGHTS] = conversion.file(*host)
+        else:
+            files[WEIGHTS] = own.file(spec, *host) if own.file is not None else adapter_state_dict(overlay)
     fields = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name or None,
@@ -75,13 +82,29 @@ def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") 
         return
     with disk_errors(folder, "making the folder"):
         folder.mkdir(parents=True, exist_ok=True)
+    for part, part_config in own.parts(spec).items():
+        _write_part(folder / part, files[WEIGHTS], f"{part}/", fields | part_config)
     # The weights first: to every reader a folder without its config is no adapter.
+    notes = {"format": "pt"}
     for name in (WEIGHTS, TRAINABLE):
         if name in files:
-            write_atomic(folder / name, save({k: _plain(v) for k, v in files[name].items()}, metadata={"format": "pt"}))
+            own_tensors = {k: _plain(v) for k, v in files[name].items() if not k.startswith(tuple(f"{p}/" for p in own.parts(spec)))}
+            data = save(own_tensors, metadata=notes)
+            write_atomic(folder / name, data)
+            notes = notes | {_SHA: hashlib.sha256(data).hexdigest()}
+            notes |= {} if conversion is None else {_RAW: json.dumps(conversion.settings)}
         else:
             (folder / name).unlink(missing_ok=True)
     # Fields in the order given: of overlapping patterns the first wins, so sorting keys would change scales.
+    write_atomic(folder / CONFIG, json.dumps(fields, indent=2) + "\n")
+
+
+def _write_part(folder: Path, tensors: Mapping[str, Any], prefix: str, fields: Mapping[str, Any]) -> None:
+    """An adapter that another is made of, in a folder of its own: its tensors are those whose key begins with `prefix`."""
+    own = {key.removeprefix(prefix): _plain(value) for key, value in tensors.items() if key.startswith(prefix)}
+    with disk_errors(folder, "making the folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / WEIGHTS, save(own, metadata={"format": "pt"}))
     write_atomic(folder / CONFIG, json.dumps(fields, indent=2) + "\n")
 
 
@@ -119,13 +142,19 @@ def load_adapter(path: str | Path, config: models.ModelConfig, params: Tree | No
     method = _method(folder, peft_config)
     own = METHODS[method]
     base = Base(config, flatten(models.abstract_params(config) if params is None else params))
+    notes, parts = _notes(folder), _parts(folder, own, peft_config)
+    if parts:
+        peft_config = {**peft_config, "parts": [_read_config(part) for part in parts]}
     try:
-        spec = own.read(base, peft_config, False)
+        spec = own.read(base, json.loads(notes[_RAW]) if _RAW in notes else peft_config, False)
     except QtjaxError as error:
         raise QtjaxError(f"{folder / CONFIG}: {error}") from None
     derived = own.file is not None and not (folder / TRAINABLE).is_file()
-    name = WEIGHTS if own.in_peft and (own.file is None or derived) else TRAINABLE
+    name = WEIGHTS if own.in_peft and (own.file is None or derived) and _RAW not in notes else TRAINABLE
     tensors = _read_tensors(folder, name)
+    for part, prefix in zip(parts, own.parts(spec)):
+        tensors |= {f"{prefix}/{key}": value for key, value in _read_tensors(part).items()}
+    spec = own.complete(spec, sorted(tensors))
     leaves = own.leaves(spec)
     expected = jax.eval_shape(lambda trees: (own.file(spec, *trees) if derived else table.tensors(leaves, *trees)), table.abstract(leaves))
     difference = describe_difference(expected, tensors)
@@ -153,6 +182,22 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     if not file.is_file():
         raise QtjaxError(f"{file}: missing; an adapter is a folder with {CONFIG} and {WEIGHTS}")
     return read_json(file)
+
+
+def _parts(folder: Path, own: Any, peft_config: Mapping[str, Any]) -> list[Path]:
+    """The folders of the adapters that this one is made of, in order. Raises QtjaxError when they are not there."""
+    if not own.in_parts:
+        return []
+    adapters = peft_config.get("adapters")
+    named = list(adapters.values()) if isinstance(adapters, Mapping) else []
+    folders = [folder / Path(str(name)).name for name in named]
+    missing = [str(path) for path in folders if not path.is_dir()]
+    if missing or not folders:
+        raise QtjaxError(
+            f"{folder / CONFIG}: adapters must name the folders of its experts beside it;"
+            f" {'missing: ' + ', '.join(missing) if missing else 'it names none'}"
+        )
+    return folders
 
 
 def _method(folder: Path, peft_config: Mapping[str, Any]) -> str:
@@ -190,6 +235,24 @@ def read_safetensors(file: Path) -> dict[str, np.ndarray]:
         raise QtjaxError(
             f"{file}: not a readable safetensors file ({_one_line(error)}); it is truncated or corrupt, copy or download it again"
         ) from None
+
+
+def _notes(folder: Path) -> Mapping[str, str]:
+    """The metadata of the file of trainables. Raises QtjaxError when it is not of one piece with the file for PEFT."""
+    if not (folder / TRAINABLE).is_file():
+        return {}
+    try:
+        with safe_open(folder / TRAINABLE, "np") as file:
+            notes = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError):
+        return {}  # `_read_tensors` says what is wrong with it
+    weights = folder / WEIGHTS
+    if _SHA in notes and weights.is_file() and hashlib.sha256(weights.read_bytes()).hexdigest() != notes[_SHA]:
+        raise QtjaxError(
+            f"{folder / TRAINABLE}: belongs to another {WEIGHTS} than the one beside it; remove it to read that one, or"
+            " save the adapter again"
+        )
+    return notes
 
 
 def _plain(value: Any) -> np.ndarray:

@@ -32,7 +32,7 @@ def _pytree(*static: str) -> Callable[[type], type]:
     return register
 
 
-@_pytree("dropout_rate", "scales_bias")
+@_pytree("dropout_rate", "undropped", "scales_bias")
 @_record
 class LinearEdit:
     """A dense product edited: W_eff = diag(pre) R W + down diag(mid) up diag(out) + kron + delta, columns times scale.
@@ -45,8 +45,10 @@ class LinearEdit:
     path: x -> contribution to y, for side paths that depend on the token or the sample; it cannot be folded.
     delta: () -> [in, out], added to W; formed anew in the backward pass, never stored.
     scale = post [out], times magnitude [out] / column norms of (W + down up), the norm without gradient (DoRA).
+    here: bool [], False in layers where kernel and magnitude have no effect; None: they have in all.
     bias [out] is added to b; scales_bias: b is scaled too (IA3). after: y -> y (adapters behind the product).
-    dropout_key: one key per layer, or None (no dropout).
+    dropout_key: one key per layer, or None (no dropout). undropped: the last columns of down belong to the base, and
+    dropout leaves their input alone.
     """
 
     down: Array | None = None
@@ -61,25 +63,53 @@ class LinearEdit:
     rotation: Callable[[Array], Array] | None = None
     post: Array | None = None
     magnitude: Array | None = None
+    here: Array | None = None
     bias: Array | None = None
     after: Callable[[Array], Array] | None = None
     dropout_key: Array | None = None
     dropout_rate: float = 0.0
+    undropped: int = 0
     scales_bias: bool = False
 
     def __call__(self, x: Array, kernel: Any, bias: Array | None = None) -> Array:
         """The edited product of x [..., in] in x's dtype."""
-        kernel = kernel if self.kernel is None else self.kernel
-        turned = x if self.pre is None else x * self.pre.astype(x.dtype)
-        turned = turned if self.rotation is None else self.rotation(turned).astype(x.dtype)
-        y = product(turned, kernel, self.delta)
+        kernel = self.own_kernel(kernel)
+        if self.magnitude is not None and self.drops:
+            return self._dropped(x, kernel, bias)
+        y = product(self.turned(x), kernel, self.delta)
         if self.has_side:
             y += self.side(x)
-        scale = self.scale(kernel)
+        return self._finished(y, self.scale(kernel), bias)
+
+    def own_kernel(self, kernel: Any) -> Any:
+        """What stands in the place of W."""
+        if self.kernel is None:
+            return kernel
+        return self.kernel if self.here is None else jnp.where(self.here, self.kernel, as_array(kernel, self.kernel.dtype))
+
+    def turned(self, x: Array) -> Array:
+        """What W is applied to."""
+        x = x if self.pre is None else x * self.pre.astype(x.dtype)
+        return x if self.rotation is None else self.rotation(x).astype(x.dtype)
+
+    def _dropped(self, x: Array, kernel: Any, bias: Array | None) -> Array:
+        """With a magnitude, dropout acts on all that training changes, and so on W's input in (scale - 1) x W as well:
+        y = base(x - x') + scale (base(x') + side(x')) with x' the dropped x, as in DoRA's own code and in PEFT.
+        """
+        dropped, still = self.drop(x), dataclasses.replace(self, dropout_key=None)
+        y = product(self.turned(dropped), kernel, self.delta) + still.side(dropped)
+        rest = product(self.turned(x - dropped), kernel, self.delta)
+        if self.undropped:
+            rest += ((x - dropped) @ self.down[:, -self.undropped :].astype(x.dtype)) @ self.up[-self.undropped :].astype(x.dtype)
+        rest = rest if self.post is None else rest * self.post.astype(x.dtype)
+        return still._finished(y, self.scale(kernel), bias, rest)
+
+    def _finished(self, y: Array, scale: Array | None, bias: Array | None, rest: Array | None = None) -> Array:
+        """scale y + rest + biases, then `after`."""
         if scale is not None and self.scales_bias and bias is not None:
             y, bias = y + bias.astype(y.dtype), None
         y = y if scale is None else y * scale.astype(y.dtype)
-        for term in (bias, self.bias):
+        for term in (rest, bias, self.bias):
             y = y if term is None else y + term.astype(y.dtype)
         return y if self.after is None else self.after(y).astype(y.dtype)
 
@@ -87,12 +117,24 @@ class LinearEdit:
     def has_side(self) -> bool:
         return self.down is not None or self.kron is not None or self.path is not None
 
+    @property
+    def drops(self) -> bool:
+        return self.dropout_key is not None and self.dropout_rate > 0
+
+    def drop(self, x: Array) -> Array:
+        """x after dropout."""
+        if not self.drops:
+            return x
+        keep = jax.random.bernoulli(self.dropout_key, 1 - self.dropout_rate, x.shape)
+        return jnp.where(keep, x / (1 - self.dropout_rate), 0).astype(x.dtype)
+
     def narrow(self, x: Array) -> Array:
         """The input of `up`: diag(mid) down x, after dropout. [..., R] in x's dtype."""
-        if self.dropout_key is not None and self.dropout_rate > 0:
-            keep = jax.random.bernoulli(self.dropout_key, 1 - self.dropout_rate, x.shape)
-            x = jnp.where(keep, x / (1 - self.dropout_rate), 0).astype(x.dtype)
-        h = x @ self.down.astype(x.dtype)
+        down = self.down.astype(x.dtype)
+        if self.drops and self.undropped:
+            h = jnp.concatenate([self.drop(x) @ down[:, : -self.undropped], x @ down[:, -self.undropped :]], axis=-1)
+        else:
+            h = self.drop(x) @ down
         return h if self.mid is None else h * self.mid.astype(x.dtype)
 
     def side(self, x: Array) -> Array:
@@ -116,12 +158,13 @@ class LinearEdit:
             return self.post
         norm = jax.lax.stop_gradient(_column_norms(as_array(kernel, jnp.float32), self.down, self.up))
         factor = self.magnitude / norm
+        factor = factor if self.here is None else jnp.where(self.here, factor, 1)
         return factor if self.post is None else factor * self.post
 
     def fold(self, kernel: Any, bias: Array | None) -> tuple[Array, Array | None]:
         """(kernel, bias) of one layer, float32, that compute the same without this edit."""
         exact = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-        own = as_array(kernel if self.kernel is None else self.kernel, jnp.float32)
+        own = as_array(self.own_kernel(kernel), jnp.float32)
         w = own
         if self.rotation is not None:
             w = exact(self.rotation(jnp.eye(w.shape[0], dtype=jnp.float32)), w)
@@ -145,9 +188,14 @@ class LinearEdit:
 @_pytree()
 @_record
 class NormEdit:
-    """weight [D] stands in place of an RMS norm's scale."""
+    """weight [D] stands in place of an RMS norm's scale; not in layers where `here` (bool []) is False."""
 
     weight: Array
+    here: Array | None = None
+
+    def of(self, base: Array) -> Array:
+        """The scale that applies in this layer."""
+        return self.weight if self.here is None else jnp.where(self.here, self.weight, base.astype(self.weight.dtype))
 
 
 @_pytree()
@@ -207,7 +255,7 @@ def combine(first: Any, second: Any, where: str = "") -> Any:
 
 
 def _unset(value: Any, default: Any) -> bool:
-    return value is None or (isinstance(value, (bool, float)) and value == default)
+    return value is None or (isinstance(value, (bool, int, float)) and value == default)
 
 
 def combine_trees(first: Tree, second: Tree) -> Tree:

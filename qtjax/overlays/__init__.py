@@ -1,7 +1,7 @@
 """Parameter-efficient fine-tuning as overlays: one method a file, one line of registration each."""
 
 from qtjax.overlays import (
-    adalora, diffprune, lora, poly, xlora,
+    adalora, diffprune, dora, lora, poly, xlora,
 )  # fmt: skip
 from qtjax.overlays.base import (
     METHODS, Method, Overlay, abstract_overlay, field_names, init_overlay, method_named, overlay_axes, register,
@@ -9,6 +9,7 @@ from qtjax.overlays.base import (
 from qtjax.overlays.merge import merge
 
 register("lora", lora.METHOD)
+register("dora", dora.METHOD)
 register("adalora", adalora.METHOD)
 register("poly", poly.METHOD)
 register("xlora", xlora.METHOD)

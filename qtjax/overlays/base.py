@@ -20,7 +20,7 @@ from qtjax.errors import QtjaxError, near_names
 from qtjax.models import Edits
 from qtjax.overlays import leaves as table
 from qtjax.overlays.leaves import Leaf
-from qtjax.overlays.targets import Linear, linear_modules
+from qtjax.overlays.targets import End, Linear, end_modules, linear_modules
 from qtjax.tree import Tree, flatten
 
 
@@ -35,6 +35,10 @@ class Base:
     def linears(self) -> tuple[Linear, ...]:
         return linear_modules(self.leaves)
 
+    @property
+    def ends(self) -> tuple[End, ...]:
+        return end_modules(self.leaves)
+
 
 @dataclass(frozen=True)
 class Context:
@@ -47,13 +51,23 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """What one overlay's derived form is: `settings`, by which `Method.read` takes the trainables as they are, and
+    file(params, frozen) -> tensors of adapter_model.safetensors, which `Method.to_peft` describes."""
+
+    settings: Mapping[str, Any]
+    file: Callable[[Tree, Tree], dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Method:
     """One method's functions. `spec` is its frozen, hashable settings, resolved for one base model.
 
     fields: the dataclass of its settings, by PEFT's names.
     read(base, fields, strict) -> spec: `fields` by PEFT's names, from a caller or adapter_config.json; strict: also refuse
       names that match nothing while others do.
-    leaves(spec) -> every array, trained or frozen. expand(spec, params, frozen, context) -> Edits, traceable.
+    leaves(spec) -> every array, trained or frozen. start(spec, key, base, params, frozen) -> (params, frozen): initial values
+      that several arrays have in common, put in place of the leaves' own; base is {path: array}. expand(spec, params, frozen, context) -> Edits, traceable.
     to_peft(spec) -> the method's own fields of adapter_config.json. claims(peft_config) -> whether this method reads it.
     linears(spec) -> the linear modules it edits, for checks against another base.
     unmergeable: why `merge` is impossible; empty when it is possible.
@@ -62,15 +76,17 @@ class Method:
     state(spec, params) -> arrays that `after_step` keeps; after_step(spec, params, state, gradients, step) -> (params, state)
       after optimizer step number `step` (1, 2, ...), `gradients` those of the step, penalty included.
     rates(spec) -> {last part of a leaf's path: factor on the learning rate}.
+    complete(spec, names) -> spec: with what an adapter file may carry and need not, known by its tensors' names.
     file(spec, params, frozen) -> tensors of adapter_model.safetensors where PEFT's file is a derived form; the trainables
       then stand in a file of their own. from_file(spec, tensors) -> (spec, params, frozen) of that file alone.
     saved_spec(spec, params) -> the spec that an adapter is saved by, where training itself decides some of it (pruned
       ranks); params on the host.
+    conversion(spec) -> Conversion where only some settings have a derived form, which adapter_config.json then describes.
     in_peft: whether PEFT has the method; if not, only the file of trainables is written.
     tasks(spec): how many tasks it tells apart, 0 for a method that knows none.
     given(spec, fields) -> {leaf path: first value} of the arrays that a caller hands over among the fields.
     parts(spec) -> {subfolder: its adapter_config.json} of adapters that this one is made of: tensors whose key begins
-      with "<subfolder>/" stand in that folder's file, and `read` finds their configs under "parts".
+      with "<subfolder>/" stand in that folder's file, and `read` finds their configs under "parts"; in_parts: it has any.
     """
 
     fields: type
@@ -80,6 +96,7 @@ class Method:
     to_peft: Callable[[Any], dict[str, Any]]
     claims: Callable[[Mapping[str, Any]], bool]
     linears: Callable[[Any], Sequence[Linear]] = lambda spec: ()
+    start: Callable[[Any, Array, Mapping[str, Any], Tree, Tree], tuple[Tree, Tree]] | None = None
     unmergeable: str = ""
     draws: Callable[[Any], bool] = lambda spec: False
     two_passes: Callable[[Any], bool] = lambda spec: False
@@ -88,12 +105,15 @@ class Method:
     after_step: Callable[[Any, Tree, Tree, Tree, Array], tuple[Tree, Tree]] | None = None
     rates: Callable[[Any], Mapping[str, float]] = lambda spec: {}
     saved_spec: Callable[[Any, Tree], Any] = lambda spec, params: spec
+    complete: Callable[[Any, Sequence[str]], Any] = lambda spec, names: spec
     file: Callable[[Any, Tree, Tree], dict[str, Any]] | None = None
     from_file: Callable[[Any, Mapping[str, Any]], tuple[Any, Tree, Tree]] | None = None
+    conversion: Callable[[Any], Conversion | None] = lambda spec: None
     in_peft: bool = True
     tasks: Callable[[Any], int] = lambda spec: 0
     given: Callable[[Any, Mapping[str, Any]], Mapping[str, Array]] = lambda spec, fields: {}
     parts: Callable[[Any], Mapping[str, dict[str, Any]]] = lambda spec: {}
+    in_parts: bool = False
 
 
 METHODS: dict[str, Method] = {}
@@ -215,6 +235,8 @@ def init_overlay(
     spec = own.read(base, fields, True)
     leaves = own.leaves(spec)
     params, frozen = table.initial(leaves, key, base.leaves)
+    if own.start is not None:
+        params, frozen = own.start(spec, key, base.leaves, params, frozen)
     given = own.given(spec, fields)
     if given:
         params, frozen = table.split(leaves, flatten(params) | flatten(frozen) | dict(given))

@@ -44,6 +44,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "[0,1)": (lambda v: _number(v) and 0 <= v < 1, "is a fraction from 0 to below 1"),
     "(0,1]": (lambda v: _number(v) and 0 < v <= 1, "is a fraction above 0 and at most 1"),
     "bool": (lambda v: isinstance(v, bool), "must be true or false"),
+    "bool or text": (lambda v: isinstance(v, (bool, str)), "must be true, false or a name"),
     "text": (lambda v: isinstance(v, str), "must be a text"),
 }
 

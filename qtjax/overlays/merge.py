@@ -40,7 +40,8 @@ def merge(
         module = path.rsplit("/", 1)[0]
         if isinstance(record, NormEdit):
             leaf = leaves[f"{module}/weight"]
-            leaves[f"{module}/weight"] = record.weight.astype(leaf.dtype)
+            weight = record.weight if record.here is None else jax.vmap(NormEdit.of)(record, leaf)
+            leaves[f"{module}/weight"] = weight.astype(leaf.dtype)
         elif isinstance(record, LinearEdit):
             _fold_layers(config, leaves, module, record, shared.get(path))
     config = _fold_ends(config, leaves, edits.tree)
@@ -49,7 +50,7 @@ def merge(
 
 def _check_base(leaves: dict[str, Any], linears: Any) -> None:
     for linear in linears:
-        path, expected = f"{linear.path}/kernel", (linear.layers, linear.inputs, linear.outputs)
+        path, expected = linear.leaf
         if path not in leaves or tuple(leaves[path].shape) != expected:
             found = f"is {tuple(leaves[path].shape)}" if path in leaves else "does not exist"
             raise QtjaxError(f"merge: the overlay needs {path} of shape {expected}, which {found}; it is for another base")

@@ -41,8 +41,13 @@ class Spec:
         return tuple(site.linear for site in self.sites)
 
 
-def resolve_sites(base: Base, settings: Targeted, strict: bool) -> tuple[Site, ...]:
-    """The targets of `settings` in the model's order. Raises QtjaxError as targets.resolve does."""
+def resolve_sites(
+    base: Base, settings: Targeted, strict: bool, ends: bool = False, saved: Sequence[str] = ()
+) -> tuple[Site, ...]:
+    """The targets of `settings` in the model's order, embedding and head last. Raises QtjaxError as targets.resolve does.
+
+    Args: ends: the method can edit the embedding and the head; saved: modules_to_save, which are no targets.
+    """
     linears = base.linears
     chosen = resolve(
         settings.target_modules,
@@ -50,8 +55,11 @@ def resolve_sites(base: Base, settings: Targeted, strict: bool) -> tuple[Site, .
         exclude_modules=settings.exclude_modules,
         layers_to_transform=settings.layers_to_transform,
         strict=strict,
+        ends=base.ends if ends else (),
+        saved=saved,
     )
-    return tuple(Site(linear, chosen[linear.path]) for linear in linears if linear.path in chosen)
+    places = (*linears, *base.ends) if ends else linears
+    return tuple(Site(linear, chosen[linear.path]) for linear in places if linear.path in chosen)
 
 
 def linears_of(spec: Spec) -> Sequence[Linear]:

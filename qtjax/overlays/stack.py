@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax import Array
 
 from qtjax.errors import QtjaxError, near_names
 from qtjax.models import Edits, combine_trees
@@ -39,6 +40,13 @@ def stack_of(names: tuple[str, ...]) -> Method:
             out += [dataclasses.replace(leaf, path=f"{name}/{leaf.path}") for leaf in part.leaves(own)]
         return out
 
+    def start(spec: tuple[Any, ...], key: Array, base: Mapping[str, Any], params: Tree, frozen: Tree) -> tuple[Tree, Tree]:
+        for n, part, own in zip(names, parts, spec):
+            if part.start is not None:
+                trained, kept = part.start(own, key, base, params.get(n, {}), frozen.get(n, {}))
+                params, frozen = params | {n: trained}, frozen | ({n: kept} if kept else {})
+        return params, frozen
+
     def expand(spec: tuple[Any, ...], params: Tree, frozen: Tree, context: Context) -> Edits:
         return _combined([p.expand(s, params.get(n, {}), frozen.get(n, {}), context) for n, p, s in zip(names, parts, spec)])
 
@@ -58,6 +66,7 @@ def stack_of(names: tuple[str, ...]) -> Method:
     return Method(
         fields=type(None), read=read, leaves=leaves, expand=expand, to_peft=lambda spec: {}, claims=lambda peft: False,
         linears=lambda spec: [linear for part, own in zip(parts, spec) for linear in part.linears(own)],
+        start=start if any(part.start for part in parts) else None,
         unmergeable="; ".join(f"{name}: {part.unmergeable}" for name, part in zip(names, parts) if part.unmergeable),
         draws=lambda spec: any(part.draws(own) for part, own in zip(parts, spec)),
         two_passes=lambda spec: any(part.two_passes(own) for part, own in zip(parts, spec)),

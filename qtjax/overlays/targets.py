@@ -32,9 +32,29 @@ class Linear:
     def name(self) -> str:
         return self.path.rsplit("/", 1)[-1]
 
+    @property
+    def leaf(self) -> tuple[str, tuple[int, ...]]:
+        """Path and shape of the base leaf that it stands for."""
+        return f"{self.path}/kernel", (self.layers, self.inputs, self.outputs)
+
     def module(self, layer: int) -> str:
         """HF's name of this module in one layer: "model.layers.3.self_attn.q_proj"."""
         return f"model.layers.{layer}." + self.path.removeprefix("layers/").replace("/", ".")
+
+
+@dataclass(frozen=True)
+class End(Linear):
+    """The embedding ("embed_tokens", V to D) or the head ("lm_head", D to V, tied or not): there is one, layers = 1."""
+
+    @property
+    def leaf(self) -> tuple[str, tuple[int, ...]]:
+        """The embedding's table [V, D], whose sizes are the head's too."""
+        sizes = (self.outputs, self.inputs) if self.path == "lm_head" else (self.inputs, self.outputs)
+        return "embed_tokens/embedding", sizes
+
+    def module(self, layer: int = 0) -> str:
+        del layer
+        return "lm_head" if self.path == "lm_head" else f"model.{self.path}"
 
 
 def linear_modules(params: Mapping[str, Any]) -> tuple[Linear, ...]:
@@ -50,6 +70,12 @@ def linear_modules(params: Mapping[str, Any]) -> tuple[Linear, ...]:
     if not found:
         raise QtjaxError("params: has no layers/.../kernel of shape [N, in, out]; give the tree of load_pretrained")
     return tuple(sorted(found, key=lambda linear: (_ORDER.find(linear.name), linear.path)))
+
+
+def end_modules(params: Mapping[str, Any]) -> tuple[End, End]:
+    """Embedding and head of a parameter tree."""
+    vocab, width = flatten(params)["embed_tokens/embedding"].shape
+    return End("embed_tokens", 1, vocab, width), End("lm_head", 1, width, vocab)
 
 
 def as_names(value: Any, field: str) -> Names | None:
@@ -116,6 +142,8 @@ def resolve(
     exclude_modules: Names | None = None,
     layers_to_transform: tuple[int, ...] | None = None,
     strict: bool = True,
+    ends: Sequence[End] = (),
+    saved: Sequence[str] = (),
 ) -> dict[str, tuple[bool, ...]]:
     """{tree path: in which of the N layers it is edited} for every linear module that the rules hit somewhere.
 
@@ -124,6 +152,8 @@ def resolve(
       layers_to_transform: layer indices; only with a list of names, as in PEFT.
       strict: also refuse a name or an index that hits nothing while others do (PEFT takes it silently, and adapters
         in the wild list names of several architectures, so reading one is not strict).
+      ends: embedding and head, where the method can edit them; else a rule that hits one is refused.
+      saved: modules_to_save; what lies in one of them is no target.
     Raises QtjaxError, with near names, when nothing is hit, and for a rule that hits something other than a linear
     module of the layers.
     """
@@ -136,24 +166,31 @@ def resolve(
     bad = [n for n in layers_to_transform or () if strict and not 0 <= n < count]
     if bad:
         raise QtjaxError(f"layers_to_transform = {bad[0]}: the model has layers 0 to {count - 1}")
-    for module in _other_modules(linears):
+
+    def hit(module: str) -> bool:
         excluded = _hits(exclude_modules, module, "exclude_modules")
-        if not excluded and _hits(target_modules, module, "target_modules"):
+        excluded |= any(compiled(rf"(^|.*\.){name}($|\..*)", "modules_to_save").match(module) for name in saved)
+        return not excluded and _hits(target_modules, module, "target_modules")
+
+    for module in _other_modules(linears):
+        if module not in [end.module() for end in ends] and hit(module):
             raise QtjaxError(
                 f"target_modules = {_shown(target_modules)}: matches {module!r}, which is not a linear module of the"
-                f" layers; name only {_names(linears)}"
+                f" layers; name only {_names([*linears, *ends])}"
             )
-    chosen = {}
+    # As in PEFT, layers_to_transform leaves out what is in no layer, unless a name is the module's whole name.
+    chosen = {
+        end.path: (True,)
+        for end in ends
+        if hit(end.module()) and (layers_to_transform is None or end.module() in target_modules)
+    }
     for linear in linears:
         hits = tuple(
-            (layers_to_transform is None or n in layers_to_transform)
-            and _hits(target_modules, linear.module(n), "target_modules")
-            and not _hits(exclude_modules, linear.module(n), "exclude_modules")
-            for n in range(count)
+            (layers_to_transform is None or n in layers_to_transform) and hit(linear.module(n)) for n in range(count)
         )
         if any(hits):
             chosen[linear.path] = hits
-    modules = [linear.module(n) for linear in linears for n in range(count)]
+    modules = [linear.module(n) for linear in linears for n in range(count)] + [end.module() for end in ends]
     for name in () if isinstance(target_modules, str) or not (strict or not chosen) else target_modules:
         if not any(_hits((name,), module, "target_modules") for module in modules):
             raise QtjaxError(

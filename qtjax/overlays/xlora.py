@@ -207,5 +207,6 @@ METHOD = Method(
     draws=lambda spec: spec.fields.xlora_depth > 1 and spec.fields.xlora_dropout_p > 0,
     two_passes=lambda spec: True,
     given=_given,
+    in_parts=True,
     parts=lambda spec: {f"expert_{i}": LORA.to_peft(expert) for i, expert in enumerate(spec.experts)},
 )

@@ -149,8 +149,9 @@ def test_tensors_that_the_settings_do_not_explain_are_refused(folder):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(use_dora=True), "use_dora = True: is not supported"),
-        (dict(modules_to_save=["lm_head"]), "modules_to_save = ['lm_head']: is not supported"),
+        (dict(modules_to_save=["self_attn"]), "modules_to_save: 'self_attn' matches 'model.layers.0.self_attn'"),
+        (dict(use_dora=True, target_modules=["q_proj", "lm_head"]), "target_modules = lm_head,q_proj: matches 'lm_head'"),
+        (dict(use_dora="both"), "use_dora = 'both': is not supported"),
         (dict(bias="all"), "bias = 'all': is not supported"),
         (dict(lora_bias=True), "lora_bias = True: is not supported"),
         (dict(task_type="SEQ_CLS"), "task_type = 'SEQ_CLS': is not supported"),
@@ -158,13 +159,14 @@ def test_tensors_that_the_settings_do_not_explain_are_refused(folder):
         (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights = 'pissa_niter_4': is not supported"),
         (dict(alora_invocation_tokens=[3]), "alora_invocation_tokens = [3]: is not supported"),
         (dict(velora_config={"num_groups": 2}), "velora_config = {'num_groups': 2}: is not a field"),
-        (dict(target_modules=["q_proj", "lm_head"]), "target_modules = lm_head,q_proj: matches 'lm_head'"),
+        (dict(target_modules=["q_proj", "norm"]), "target_modules = norm,q_proj: matches 'model.norm'"),
+        (dict(init_lora_weights="corda"), "init_lora_weights = 'corda': is not supported"),
         (dict(target_modules=["c_attn"]), "'c_attn' matches no linear module"),
         (dict(target_modules=None), "target_modules: is missing"),
         (dict(r=None), "r: is missing"),
         (dict(lora_alpha=None), "lora_alpha: is missing"),
         (dict(r=400), "r = 400: model.layers.0.self_attn.q_proj is 16 x 16"),
-        (dict(peft_type="LOHA"), "peft_type 'LOHA' is not supported; did you mean 'LORA'?; supported: LORA"),
+        (dict(peft_type="LOHAA"), "peft_type 'LOHAA' is not supported; did you mean 'LO"),
         (dict(peft_type=None), "peft_type None is not supported"),
     ],
 )
@@ -173,6 +175,20 @@ def test_unsupported_settings_are_named(folder, fields, message):
     change(folder, **fields)
     text = refused(folder)
     assert message in text and text.startswith(str(folder / "adapter_config.json"))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(use_dora=True), "4 missing: base_model.model.model.layers.0.mlp.down_proj.lora_magnitude_vector"),
+        (dict(modules_to_save=["lm_head"]), "1 missing: base_model.model.lm_head.weight"),
+        (dict(target_modules=["q_proj", "down_proj", "lm_head"], layers_to_transform=None), "base_model.model.lm_head.lora_A.weight"),
+    ],
+)
+def test_settings_without_their_tensors_are_named(folder, fields, message):
+    """Settings that stand for tensors which the file lacks are refused with the names of those tensors."""
+    change(folder, **fields)
+    assert message in refused(folder)
 
 
 def test_settings_that_change_nothing_are_accepted(folder):

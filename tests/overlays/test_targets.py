@@ -7,7 +7,7 @@ import pytest
 
 from qtjax import models
 from qtjax.errors import QtjaxError
-from qtjax.overlays import init_overlay
+from qtjax.overlays import abstract_overlay, init_overlay
 
 CONFIG = models.ModelConfig(
     vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=12, num_attention_heads=2,
@@ -18,8 +18,7 @@ ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 def edited(**fields):
     """{(module, layer)} that an overlay with these fields edits."""
-    base = models.abstract_params(CONFIG)
-    overlay = jax.eval_shape(lambda key: init_overlay("lora", CONFIG, base, key, r=2, **fields), jax.random.key(0))
+    overlay = abstract_overlay("lora", CONFIG, r=2, **fields)
     return {(s.linear.name, n) for s in overlay.spec.sites for n, rank in enumerate(s.ranks) if rank}
 
 
@@ -57,6 +56,23 @@ def test_targets_select(fields, expected):
     assert edited(**fields) == expected
 
 
+@pytest.mark.parametrize("name, module", [("lm_head", "lm_head"), ("embed_tokens", "model.embed_tokens")])
+def test_embedding_and_head_are_targets_where_the_method_edits_them(name, module):
+    """lora takes them by name or regex, "all-linear" and layers_to_transform leave them out as in PEFT; dora refuses them."""
+    assert edited(target_modules=["q_proj", name]) == product({"q_proj"}) | {(name, 0)}
+    assert edited(target_modules=rf"(.*\.)?{name}") == {(name, 0)}
+    assert edited(target_modules=["q_proj", module], layers_to_transform=[3]) == {("q_proj", 3), (name, 0)}
+    assert edited(target_modules=["q_proj", name], exclude_modules=[name]) == product({"q_proj"})
+    assert edited(target_modules=["q_proj", name], modules_to_save=[name]) == product({"q_proj"})
+    with pytest.raises(QtjaxError, match=f"matches '{module}', which is not a linear module of the layers; name only q_proj"):
+        init_overlay("dora", CONFIG, None, jax.random.key(0), target_modules=["q_proj", name])
+
+
+def test_layers_to_transform_leaves_the_embedding_out_as_peft_does():
+    """A name that is only an ending does not reach outside the layers once layers are chosen."""
+    assert edited(target_modules=["q_proj", "embed_tokens"], layers_to_transform=[3]) == {("q_proj", 3)}
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -66,8 +82,7 @@ def test_targets_select(fields, expected):
         (dict(target_modules=r".*q_prj.*"), "matches no linear module.*a text is a regex"),
         (dict(target_modules=r"q_proj|k_proj"), "matches no linear module.*a text is a regex"),
         (dict(target_modules="q_proj("), "not a valid regular expression"),
-        (dict(target_modules="lm_head"), "matches 'lm_head', which is not a linear module"),
-        (dict(target_modules=["q_proj", "embed_tokens"]), "matches 'model.embed_tokens'"),
+        (dict(target_modules=["q_proj", "norm"]), "matches 'model.norm', which is not a linear module.*down_proj, embed_tokens, lm_head"),
         (dict(target_modules=["mlp"]), "matches 'model.layers.0.mlp'"),
         (dict(target_modules=r".*layernorm"), "matches 'model.layers.0.input_layernorm'"),
         (dict(target_modules=""), "must name at least one module"),
@@ -77,7 +92,7 @@ def test_targets_select(fields, expected):
         (dict(layers_to_transform="0"), "layers_to_transform = '0'"),
         (dict(target_modules=r".*q_proj", layers_to_transform=[1]), "needs target_modules as a list of names"),
         (dict(exclude_modules=ALL), "matches no linear module that exclude_modules"),
-        (dict(r=0), "r = 0: the rank must be an integer above 0"),
+        (dict(r=0), "r = 0: must be an integer above 0"),
         (dict(r=2.0), "r = 2.0"),
         (dict(r=True), "r = True"),
         (dict(r=9, target_modules="k_proj"), "r = 9: model.layers.0.self_attn.k_proj is 16 x 8.*at most 8"),
@@ -90,12 +105,21 @@ def test_targets_select(fields, expected):
         (dict(lora_alpha=float("nan")), "lora_alpha = nan"),
         (dict(lora_dropout=1.0), "lora_dropout = 1.0: is a fraction from 0 to below 1"),
         (dict(use_rslora=1), "use_rslora = 1: must be true or false"),
-        (dict(init_lora_weights="pissa"), "init_lora_weights = 'pissa': is not supported"),
+        (dict(init_lora_weights="eva"), "init_lora_weights = 'eva': is not supported; must be True, 'gaussian'"),
+        (dict(init_lora_weights="pissa_niter_0"), "init_lora_weights = 'pissa_niter_0': is not supported"),
+        (dict(init_lora_weights="loftq"), "init_lora_weights = 'loftq': is not supported"),
+        (dict(init_lora_weights="orthogonal", r=3), "r = 3: must be even with init_lora_weights = 'orthogonal'"),
+        (dict(init_lora_weights="pissa", lora_alpha=-1), "lora_alpha: must be above 0 with init_lora_weights = 'pissa'"),
+        (dict(init_lora_weights=3), "init_lora_weights = 3: must be true, false or a name"),
+        (dict(initial_factors="frozen"), "initial_factors = 'frozen': is not a field"),
         (dict(init_lora_weights=False), "init_lora_weights = False"),
         (dict(use_dora=True), "use_dora = True: is not supported"),
         (dict(bias="lora_only"), "bias = 'lora_only': is not supported"),
         (dict(lora_bias=True), "lora_bias = True: is not supported"),
-        (dict(modules_to_save=["lm_head"]), r"modules_to_save = \['lm_head'\]: is not supported"),
+        (dict(modules_to_save=["lm_hed"]), "modules_to_save: 'lm_hed' matches no module; did you mean 'lm_head'"),
+        (dict(modules_to_save=["mlp"]), "modules_to_save: 'mlp' matches 'model.layers.0.mlp', which is not one weight"),
+        (dict(modules_to_save=["v_proj", "k_proj"], target_modules=["v_proj"]), "matches no linear module"),
+        (dict(modules_to_save=["_proj"], target_modules=["v_proj"]), "model.layers.0.self_attn.v_proj is a target of the adapter"),
         (dict(layer_replication=[(0, 1)]), "layer_replication"),
         (dict(trainable_token_indices=[1]), "trainable_token_indices"),
         (dict(target_parameters=["x"]), "target_parameters"),
