@@ -58,12 +58,12 @@ def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") 
     if isinstance(overlay.spec, tuple) and "+" in overlay.method:
         _save_stack(folder, overlay, base_model_name)
         return
-    files = {}
-    if own.file is not None or not own.in_peft:
-        files[TRAINABLE] = adapter_state_dict(overlay)
+    files, trained = {}, adapter_state_dict(overlay)
+    derived = None if own.file is None else own.file(overlay.spec, *jax.tree.map(_host, (overlay.params, overlay.frozen)))
+    if derived is not None or not own.in_peft:
+        files[TRAINABLE] = trained
     if own.in_peft:
-        host = jax.tree.map(_host, (overlay.params, overlay.frozen))
-        files[WEIGHTS] = own.file(overlay.spec, *host) if own.file is not None else adapter_state_dict(overlay)
+        files[WEIGHTS] = trained if derived is None else derived
     fields = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name or None,
@@ -123,11 +123,15 @@ def load_adapter(path: str | Path, config: models.ModelConfig, params: Tree | No
         spec = own.read(base, peft_config, False)
     except QtjaxError as error:
         raise QtjaxError(f"{folder / CONFIG}: {error}") from None
-    derived = own.file is not None and not (folder / TRAINABLE).is_file()
-    name = WEIGHTS if own.in_peft and (own.file is None or derived) else TRAINABLE
-    tensors = _read_tensors(folder, name)
     leaves = own.leaves(spec)
-    expected = jax.eval_shape(lambda trees: (own.file(spec, *trees) if derived else table.tensors(leaves, *trees)), table.abstract(leaves))
+    shapes = table.abstract(leaves)
+    form = None if own.file is None else jax.eval_shape(lambda trees: own.file(spec, *trees), shapes)
+    # Our own file where there is one and PEFT's does not hold the trainables as they are.
+    plain = own.in_peft and form is None and (folder / WEIGHTS).is_file()
+    name = TRAINABLE if not own.in_peft or (not plain and (folder / TRAINABLE).is_file()) else WEIGHTS
+    derived = name == WEIGHTS and form is not None
+    expected = form if derived else jax.eval_shape(lambda trees: table.tensors(leaves, *trees), shapes)
+    tensors = _read_tensors(folder, name, expected)
     difference = describe_difference(expected, tensors)
     if difference:
         raise QtjaxError(f"{folder / name}: does not fit {CONFIG} and this base model: {difference}")
@@ -165,7 +169,7 @@ def _method(folder: Path, peft_config: Mapping[str, Any]) -> str:
     return claiming[0]
 
 
-def _read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, np.ndarray]:
+def _read_tensors(folder: Path, name: str, expected: Mapping[str, Any]) -> dict[str, np.ndarray]:
     file = folder / name
     if not file.is_file():
         if name == WEIGHTS and (folder / _PICKLED).is_file():
@@ -180,7 +184,8 @@ def _read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, np.ndarray]:
         raise QtjaxError(
             f"{file}: not a readable safetensors file ({_one_line(error)}); it is truncated or corrupt, copy or download it again"
         ) from None
-    odd = sorted(name for name, value in tensors.items() if value.dtype.name not in _FLOATS)
+    whole = {key for key, value in expected.items() if np.issubdtype(value.dtype, np.integer)}  # indices
+    odd = sorted(k for k, v in tensors.items() if v.dtype.name not in _FLOATS and not (k in whole and v.dtype.kind in "iu"))
     if odd:
         raise QtjaxError(f"{file}: {odd[0]!r} is stored as {tensors[odd[0]].dtype.name}; readable are {', '.join(_FLOATS)}")
     return tensors

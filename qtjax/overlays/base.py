@@ -62,7 +62,7 @@ class Method:
       after optimizer step number `step` (1, 2, ...), `gradients` those of the step, penalty included.
     rates(spec) -> {last part of a leaf's path: factor on the learning rate}.
     file(spec, params, frozen) -> tensors of adapter_model.safetensors where PEFT's file is a derived form; the trainables
-      then stand in a file of their own. from_file(spec, tensors) -> (spec, params, frozen) of that file alone.
+      then stand in a file of their own. None where, for this spec, it holds the trainables themselves. from_file(spec, tensors) -> (spec, params, frozen) of that file alone.
     in_peft: whether PEFT has the method; if not, only the file of trainables is written.
     """
 
@@ -80,7 +80,7 @@ class Method:
     state: Callable[[Any, Tree], Tree] = lambda spec, params: {}
     after_step: Callable[[Any, Tree, Tree, Tree, Array], tuple[Tree, Tree]] | None = None
     rates: Callable[[Any], Mapping[str, float]] = lambda spec: {}
-    file: Callable[[Any, Tree, Tree], dict[str, Any]] | None = None
+    file: Callable[[Any, Tree, Tree], dict[str, Any] | None] | None = None
     from_file: Callable[[Any, Mapping[str, Any]], tuple[Any, Tree, Tree]] | None = None
     in_peft: bool = True
 
