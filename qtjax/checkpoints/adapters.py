@@ -21,7 +21,7 @@ from qtjax import models
 from qtjax.atomic import disk_errors, write_atomic
 from qtjax.checkpoints.folder import read_json
 from qtjax.errors import QtjaxError, near_names
-from qtjax.overlays import METHODS, Overlay, method_named
+from qtjax.overlays import METHODS, Method, Overlay, method_named
 from qtjax.overlays import leaves as table
 from qtjax.overlays.base import Base
 from qtjax.tree import Tree, describe_difference, flatten
@@ -61,16 +61,14 @@ def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") 
     if isinstance(overlay.spec, tuple) and "+" in overlay.method:
         _save_stack(folder, overlay, base_model_name)
         return
-    host = jax.tree.map(host_array, (overlay.params, overlay.frozen))
-    spec, files = own.saved_spec(overlay.spec, host[0]), {}
-    conversion = own.conversion(overlay.spec)
-    if conversion is not None or own.file is not None or not own.in_peft:
-        files[TRAINABLE] = adapter_state_dict(overlay)
+    host, trained = jax.tree.map(host_array, (overlay.params, overlay.frozen)), adapter_state_dict(overlay)
+    spec, conversion = own.saved_spec(overlay.spec, host[0]), own.conversion(overlay.spec)
+    derived = conversion.file(*host) if conversion is not None else own.file and own.file(spec, *host)
+    files = {}
+    if derived is not None or not own.in_peft:
+        files[TRAINABLE] = trained
     if own.in_peft:
-        if conversion is not None:
-            files[WEIGHTS] = conversion.file(*host)
-        else:
-            files[WEIGHTS] = own.file(spec, *host) if own.file is not None else adapter_state_dict(overlay)
+        files[WEIGHTS] = trained if derived is None else derived
     fields = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name or None,
@@ -149,8 +147,7 @@ def load_adapter(path: str | Path, config: models.ModelConfig, params: Tree | No
         spec = own.read(base, json.loads(notes[_RAW]) if _RAW in notes else peft_config, False)
     except QtjaxError as error:
         raise QtjaxError(f"{folder / CONFIG}: {error}") from None
-    derived = own.file is not None and not (folder / TRAINABLE).is_file()
-    name = WEIGHTS if own.in_peft and (own.file is None or derived) and _RAW not in notes else TRAINABLE
+    name, derived = _file_to_read(folder, own, spec, _RAW in notes)
     tensors = _read_tensors(folder, name)
     for part, prefix in zip(parts, own.parts(spec)):
         tensors |= {f"{prefix}/{key}": value for key, value in _read_tensors(part).items()}
@@ -160,9 +157,20 @@ def load_adapter(path: str | Path, config: models.ModelConfig, params: Tree | No
     difference = describe_difference(expected, tensors)
     if difference:
         raise QtjaxError(f"{folder / name}: does not fit {CONFIG} and this base model: {difference}")
+    _check_dtypes(folder / name, tensors, expected)
     if derived:
         return Overlay(method, *own.from_file(spec, tensors))
     return Overlay(method, spec, *table.trees(leaves, tensors))
+
+
+def _file_to_read(folder: Path, own: Method, spec: Any, raw: bool) -> tuple[str, bool]:
+    """(which file, whether it holds PEFT's derived form): our own file where PEFT's does not hold the trainables as they are."""
+    if raw or not own.in_peft:
+        return TRAINABLE, False
+    form = own.file and jax.eval_shape(lambda trees: own.file(spec, *trees), table.abstract(own.leaves(spec)))
+    if form is None:
+        return (TRAINABLE if (folder / TRAINABLE).is_file() and not (folder / WEIGHTS).is_file() else WEIGHTS), False
+    return (TRAINABLE, False) if (folder / TRAINABLE).is_file() else (WEIGHTS, True)
 
 
 def _load_stack(folder: Path, config: models.ModelConfig, params: Tree | None) -> Overlay:
@@ -218,11 +226,14 @@ def _read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, np.ndarray]:
                 f"{folder / _PICKLED}: pickled weights can run code and are not read; load them with peft and save them"
                 f" with safe_serialization=True, which writes {WEIGHTS}"
             )
-    tensors = read_safetensors(file)
-    odd = sorted(name for name, value in tensors.items() if value.dtype.name not in _FLOATS)
+    return read_safetensors(file)
+
+
+def _check_dtypes(file: Path, tensors: Mapping[str, np.ndarray], expected: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    whole = {key for key, value in expected.items() if np.issubdtype(value.dtype, np.integer)}  # indices
+    odd = sorted(k for k, v in tensors.items() if v.dtype.name not in _FLOATS and not (k in whole and v.dtype.kind in "iu"))
     if odd:
         raise QtjaxError(f"{file}: {odd[0]!r} is stored as {tensors[odd[0]].dtype.name}; readable are {', '.join(_FLOATS)}")
-    return tensors
 
 
 def read_safetensors(file: Path) -> dict[str, np.ndarray]:

@@ -43,7 +43,8 @@ class LinearEdit:
     down [in, R], up [R, out], mid [R] or [B, L, R], out [out]: the low-rank side path; dropout acts on its input.
     kron: (a [m, l], b [n, k]), the side path x kron(a, b) with in = m n and out = l k.
     path: x -> contribution to y, for side paths that depend on the token or the sample; it cannot be folded.
-    delta: () -> [in, out], added to W; formed anew in the backward pass, never stored.
+    delta: () -> [in, out], added to W; formed anew in the backward pass, never stored. thin: x -> x delta by a cheaper
+    way, where there is one; delta is then formed for a merge alone.
     scale = post [out], times magnitude [out] / column norms of (W + down up), the norm without gradient (DoRA).
     here: bool [], False in layers where kernel and magnitude have no effect; None: they have in all.
     bias [out] is added to b; scales_bias: b is scaled too (IA3). after: y -> y (adapters behind the product).
@@ -58,6 +59,7 @@ class LinearEdit:
     kron: tuple[Array, Array] | None = None
     path: Callable[[Array], Array] | None = None
     delta: Callable[[], Array] | None = None
+    thin: Callable[[Array], Array] | None = None
     kernel: Array | None = None
     pre: Array | None = None
     rotation: Callable[[Array], Array] | None = None
@@ -76,7 +78,13 @@ class LinearEdit:
         kernel = self.own_kernel(kernel)
         if self.magnitude is not None and self.drops:
             return self._dropped(x, kernel, bias)
-        y = product(self.turned(x), kernel, self.delta)
+        turned = self.turned(x)
+        # Where delta meets the same input as W, one product serves both; but in 16 bits W + delta would round away
+        # what is smaller than 2^-9 W, which is all of it when training begins.
+        together = turned is x and x.dtype == jnp.float32 and self.thin is None
+        y = product(turned, kernel, self.delta if together else None)
+        if self.delta is not None and not together:
+            y += (_through(x, self.delta) if self.thin is None else self.thin(x)).astype(y.dtype)
         if self.has_side:
             y += self.side(x)
         return self._finished(y, self.scale(kernel), bias)
@@ -282,6 +290,11 @@ def product(x: Array, kernel: Any, delta: Callable[[], Array] | None = None) -> 
 def _formed(x: Array, kernel: Any, delta: Callable[[], Array] | None) -> Array:
     w = as_array(kernel, x.dtype)
     return x @ (w if delta is None else w + delta().astype(x.dtype))
+
+
+@jax.checkpoint
+def _through(x: Array, delta: Callable[[], Array]) -> Array:
+    return x @ delta().astype(x.dtype)
 
 
 def _column_norms(w: Array, down: Array, up: Array) -> Array:

@@ -78,7 +78,8 @@ class Method:
     rates(spec) -> {last part of a leaf's path: factor on the learning rate}.
     complete(spec, names) -> spec: with what an adapter file may carry and need not, known by its tensors' names.
     file(spec, params, frozen) -> tensors of adapter_model.safetensors where PEFT's file is a derived form; the trainables
-      then stand in a file of their own. from_file(spec, tensors) -> (spec, params, frozen) of that file alone.
+      then stand in a file of their own. None where, for this spec, it holds the trainables themselves.
+    from_file(spec, tensors) -> (spec, params, frozen) of that file alone.
     saved_spec(spec, params) -> the spec that an adapter is saved by, where training itself decides some of it (pruned
       ranks); params on the host.
     conversion(spec) -> Conversion where only some settings have a derived form, which adapter_config.json then describes.
@@ -106,7 +107,7 @@ class Method:
     rates: Callable[[Any], Mapping[str, float]] = lambda spec: {}
     saved_spec: Callable[[Any, Tree], Any] = lambda spec, params: spec
     complete: Callable[[Any, Sequence[str]], Any] = lambda spec, names: spec
-    file: Callable[[Any, Tree, Tree], dict[str, Any]] | None = None
+    file: Callable[[Any, Tree, Tree], dict[str, Any] | None] | None = None
     from_file: Callable[[Any, Mapping[str, Any]], tuple[Any, Tree, Tree]] | None = None
     conversion: Callable[[Any], Conversion | None] = lambda spec: None
     in_peft: bool = True

@@ -43,6 +43,17 @@ def uniform(bound: float) -> Init:
     return lambda key, shape, base: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
+def kaiming(*fans: int) -> Init:
+    """U(+-1/sqrt(fan)), which is torch's kaiming_uniform_(a=sqrt(5)); one fan, or one a layer (0 where there is none)."""
+    bounds = 1 / np.sqrt(np.maximum(np.asarray(fans, np.float32), 1))
+
+    def init(key: Array, shape: Shape, base: Mapping[str, Any]) -> Array:
+        del base
+        return jax.random.uniform(key, shape, jnp.float32, -1, 1) * bounds.reshape(-1, *[1] * (len(shape) - 1))
+
+    return init
+
+
 @dataclass(frozen=True)
 class Leaf:
     """One array of an overlay.
@@ -96,6 +107,11 @@ class Leaf:
             if s is not None:
                 real[(n, *(slice(size) for size in s))] = True
         return real
+
+    def unpadded(self, stored: Array) -> Array:
+        """`stored` with padding that is zero and gets no gradient, where the arithmetic alone would give it one."""
+        real = self.mask()
+        return stored if real is None else jnp.where(real, stored, 0)
 
 
 def transposed(leaf_kwargs: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:

@@ -1,8 +1,12 @@
 """What most methods share: settings with targets, resolved to the linear modules and layers that they edit."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import jax
+from jax import Array
 
 from qtjax.errors import QtjaxError
 from qtjax.overlays.base import Base
@@ -60,6 +64,11 @@ def resolve_sites(
     )
     places = (*linears, *base.ends) if ends else linears
     return tuple(Site(linear, chosen[linear.path]) for linear in places if linear.path in chosen)
+
+
+def layer_keys(rng: Array, linear: Linear) -> Array:
+    """One key for each layer of a module, its own among all modules: what it draws in a training step."""
+    return jax.random.split(jax.random.fold_in(rng, zlib.crc32(linear.path.encode())), linear.layers)
 
 
 def linears_of(spec: Spec) -> Sequence[Linear]:

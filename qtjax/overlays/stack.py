@@ -83,7 +83,8 @@ def _check_places(names: tuple[str, ...], parts: list[Method], spec: tuple[Any, 
         return jax.eval_shape(lambda trees: part.expand(own, *trees, Context()), abstract(part.leaves(own)))
 
     try:
-        _combined([shapes(part, own) for part, own in zip(parts, spec)])
+        edits = _combined([shapes(part, own) for part, own in zip(parts, spec)])
+        combine_trees(edits.tree, edits.shared)  # as the model will
     except QtjaxError as error:
         raise QtjaxError(f"overlay method {'+'.join(names)!r}: {error}") from None
 
