@@ -59,7 +59,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         weight = _leaf(self, "weight", nn.initializers.ones, (x.shape[-1],))
         edit = _edit(self)
-        weight = weight if edit is None else edit.weight
+        weight = weight if edit is None else edit(weight)
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.rms_norm_eps)
         return (normed * weight.astype(jnp.float32)).astype(x.dtype)

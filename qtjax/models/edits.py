@@ -145,9 +145,14 @@ class LinearEdit:
 @_pytree()
 @_record
 class NormEdit:
-    """weight [D] stands in place of an RMS norm's scale."""
+    """weight [D] stands in place of an RMS norm's scale; where `edited` (bool, one per layer) is false, the base's stays."""
 
     weight: Array
+    edited: Array | None = None
+
+    def __call__(self, base: Array) -> Array:
+        """The scale to use [D]; base [D]."""
+        return self.weight if self.edited is None else jnp.where(self.edited, self.weight, base.astype(self.weight.dtype))
 
 
 @_pytree()

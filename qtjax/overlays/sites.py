@@ -4,9 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
 from qtjax.errors import QtjaxError
 from qtjax.overlays.base import Base
-from qtjax.overlays.fields import Targeted
+from qtjax.overlays.fields import Named, Targeted
 from qtjax.overlays.leaves import Leaf, Shape
 from qtjax.overlays.targets import Linear, resolve
 
@@ -28,6 +32,12 @@ class Site:
         shapes = tuple(shape if hit else None for hit in self.hits)
         return Leaf(f"{self.linear.path}/{name}", shapes, axes, self.keys(key), module=self.linear.path, **more)
 
+    def elsewhere(self, values: Array, neutral: float) -> Array:
+        """`values` [N, ...] with `neutral` in the layers that are not edited, where a stored array is zero."""
+        if all(self.hits):
+            return values
+        return jnp.where(np.reshape(self.hits, (-1, *[1] * (values.ndim - 1))), values, neutral)
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -41,14 +51,14 @@ class Spec:
         return tuple(site.linear for site in self.sites)
 
 
-def resolve_sites(base: Base, settings: Targeted, strict: bool) -> tuple[Site, ...]:
+def resolve_sites(base: Base, settings: Named, strict: bool) -> tuple[Site, ...]:
     """The targets of `settings` in the model's order. Raises QtjaxError as targets.resolve does."""
     linears = base.linears
     chosen = resolve(
         settings.target_modules,
         linears,
         exclude_modules=settings.exclude_modules,
-        layers_to_transform=settings.layers_to_transform,
+        layers_to_transform=settings.layers_to_transform if isinstance(settings, Targeted) else None,
         strict=strict,
     )
     return tuple(Site(linear, chosen[linear.path]) for linear in linears if linear.path in chosen)

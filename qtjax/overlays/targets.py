@@ -69,7 +69,7 @@ def compiled(pattern: str, field: str) -> re.Pattern[str]:
         raise QtjaxError(f"{field} = {pattern!r}: is not a valid regular expression ({error})") from None
 
 
-def _hits(rule: Names | None, module: str, field: str) -> bool:
+def hits(rule: Names | None, module: str, field: str) -> bool:
     """PEFT's check: a text is a regex that matches the whole module name, a list holds names or dotted endings."""
     if rule is None:
         return False
@@ -78,7 +78,7 @@ def _hits(rule: Names | None, module: str, field: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in rule)
 
 
-def _other_modules(linears: Sequence[Linear]) -> list[str]:
+def other_modules(linears: Sequence[Linear]) -> list[str]:
     """HF modules that a rule can hit and that no method here edits as a linear module of the layers."""
     found = ["lm_head", "model", "model.embed_tokens", "model.layers", "model.norm"]
     for n in range(linears[0].layers):
@@ -103,7 +103,7 @@ def normalize_targets(value: Any, linears: Sequence[Linear]) -> Names:
     if rule.lower() == ALL_LINEAR:
         return tuple(sorted({linear.name for linear in linears}))
     if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*\s*,?", rule.strip()):
-        if not any(_hits(rule, linear.module(n), "target_modules") for linear in linears for n in range(linear.layers)):
+        if not any(hits(rule, linear.module(n), "target_modules") for linear in linears for n in range(linear.layers)):
             return tuple(sorted({name.strip() for name in rule.split(",") if name.strip()}))
     compiled(rule, "target_modules")
     return rule
@@ -136,26 +136,26 @@ def resolve(
     bad = [n for n in layers_to_transform or () if strict and not 0 <= n < count]
     if bad:
         raise QtjaxError(f"layers_to_transform = {bad[0]}: the model has layers 0 to {count - 1}")
-    for module in _other_modules(linears):
-        excluded = _hits(exclude_modules, module, "exclude_modules")
-        if not excluded and _hits(target_modules, module, "target_modules"):
+    for module in other_modules(linears):
+        excluded = hits(exclude_modules, module, "exclude_modules")
+        if not excluded and hits(target_modules, module, "target_modules"):
             raise QtjaxError(
                 f"target_modules = {_shown(target_modules)}: matches {module!r}, which is not a linear module of the"
                 f" layers; name only {_names(linears)}"
             )
     chosen = {}
     for linear in linears:
-        hits = tuple(
+        where = tuple(
             (layers_to_transform is None or n in layers_to_transform)
-            and _hits(target_modules, linear.module(n), "target_modules")
-            and not _hits(exclude_modules, linear.module(n), "exclude_modules")
+            and hits(target_modules, linear.module(n), "target_modules")
+            and not hits(exclude_modules, linear.module(n), "exclude_modules")
             for n in range(count)
         )
-        if any(hits):
-            chosen[linear.path] = hits
+        if any(where):
+            chosen[linear.path] = where
     modules = [linear.module(n) for linear in linears for n in range(count)]
     for name in () if isinstance(target_modules, str) or not (strict or not chosen) else target_modules:
-        if not any(_hits((name,), module, "target_modules") for module in modules):
+        if not any(hits((name,), module, "target_modules") for module in modules):
             raise QtjaxError(
                 f"target_modules: {name!r} matches no linear module{near_names(name, _known(linears))};"
                 f" the model has {_names(linears)}"
