@@ -151,7 +151,8 @@ def _load_stack(folder: Path, config: models.ModelConfig, params: Tree | None) -
     for name, part in zip(names, parts):
         if part.method != name:
             raise QtjaxError(f"{folder / name}: holds a {part.method} adapter, and {STACK} calls it {name!r}")
-    trees = ({name: getattr(part, tree) for name, part in zip(names, parts)} for tree in ("params", "frozen"))
+    kinds = ([(name, getattr(part, kind)) for name, part in zip(names, parts)] for kind in ("params", "frozen"))
+    trees = ({name: tree for name, tree in kind if tree} for kind in kinds)  # as a fresh stack has them
     return Overlay(method, tuple(part.spec for part in parts), *trees)
 
 
