@@ -177,10 +177,20 @@ def _load_stack(folder: Path, config: models.ModelConfig, params: Tree | None) -
     names = read_json(folder / STACK).get("parts")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise QtjaxError(f"{folder / STACK}: must name the parts of the stack, {{'parts': ['lora', ...]}}")
+    method = "+".join(names)
+    if len(names) < 2:
+        raise QtjaxError(f"{folder / STACK}: parts = {names}: a stack has two parts or more")
+    try:
+        method_named(method)
+    except QtjaxError as error:
+        raise QtjaxError(f"{folder / STACK}: {error}") from None
     parts = [load_adapter(folder / name, config, params) for name in names]
-    method_named("+".join(names))
-    trees = ({name: getattr(part, tree) for name, part in zip(names, parts)} for tree in ("params", "frozen"))
-    return Overlay("+".join(names), tuple(part.spec for part in parts), *trees)
+    for name, part in zip(names, parts):
+        if part.method != name:
+            raise QtjaxError(f"{folder / name}: holds a {part.method} adapter, and {STACK} calls it {name!r}")
+    kinds = ([(name, getattr(part, kind)) for name, part in zip(names, parts)] for kind in ("params", "frozen"))
+    trees = ({name: tree for name, tree in kind if tree} for kind in kinds)  # as a fresh stack has them
+    return Overlay(method, tuple(part.spec for part in parts), *trees)
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:

@@ -1,7 +1,8 @@
 """Parameter-efficient fine-tuning as overlays: one method a file, one line of registration each."""
 
 from qtjax.overlays import (
-    adalora, diffprune, dora, fourierft, loha, lokr, lora, poly, vblora, vera, xlora,
+    adalora, bitfit, boft, diffprune, dora, fourierft, houlsby, ia3, ln_tuning, loha, lokr, lora, oft, poly, vblora,
+    vera, xlora,
 )  # fmt: skip
 from qtjax.overlays.base import (
     METHODS, Method, Overlay, abstract_overlay, field_names, init_overlay, method_named, overlay_axes, register,
@@ -13,12 +14,18 @@ register("dora", dora.METHOD)
 register("adalora", adalora.METHOD)
 register("loha", loha.METHOD)
 register("lokr", lokr.METHOD)
+register("ia3", ia3.METHOD)
+register("oft", oft.METHOD)
+register("boft", boft.METHOD)
 register("vera", vera.METHOD)
 register("fourierft", fourierft.METHOD)
 register("vblora", vblora.METHOD)
 register("poly", poly.METHOD)
 register("xlora", xlora.METHOD)
+register("ln_tuning", ln_tuning.METHOD)
+register("bitfit", bitfit.METHOD)
 register("diffprune", diffprune.METHOD)
+register("houlsby", houlsby.METHOD)
 
 __all__ = [
     "METHODS", "Method", "Overlay", "abstract_overlay", "field_names", "init_overlay", "merge", "method_named", "overlay_axes",

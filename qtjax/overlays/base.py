@@ -133,7 +133,7 @@ def method_named(name: str) -> Method:
     if isinstance(name, str) and "+" in name:
         from qtjax.overlays.stack import stack_of
 
-        return stack_of(tuple(part.strip() for part in name.split("+")))
+        return stack_of(tuple(name.split("+")))
     raise QtjaxError(f"overlay method {name!r}: not known{near_names(str(name), METHODS)}; known: {', '.join(METHODS)}")
 
 
@@ -224,7 +224,8 @@ def init_overlay(
     """A fresh overlay; of most methods one that leaves the model's function unchanged.
 
     Args:
-      method: a name of METHODS, or several joined by "+" ("lora+ln_tuning"), each taking the fields that it knows.
+      method: a name of METHODS, or several joined by "+" ("lora+ln_tuning"), each taking the fields that it knows; a
+        mapping under a part's name holds fields for it alone (lora={"target_modules": "q_proj"}).
       config, params: the base model. Most methods use shapes only, so that `params` may be abstract or None; those that
         start from base weights (dora, ln_tuning, pissa, ...) say so.
       key: a jax.random key, typed or raw. Each array's draw depends on the key and its path, not on the other targets.

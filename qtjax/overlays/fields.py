@@ -55,11 +55,17 @@ def setting(default: Any, rule: str, choices: Sequence[Any] = ()) -> Any:
 
 
 @dataclass(frozen=True)
-class Targeted:
+class Named:
     """The fields of every method that edits linear modules of the layers."""
 
     target_modules: Names = setting("all-linear", "targets")
     exclude_modules: Names | None = setting(None, "names")
+
+
+@dataclass(frozen=True)
+class Targeted(Named):
+    """Those of the methods that also choose layers by index."""
+
     layers_to_transform: tuple[int, ...] | None = setting(None, "layers")
 
 

@@ -39,9 +39,7 @@ def merge(
     for path, record in records.items():
         module = path.rsplit("/", 1)[0]
         if isinstance(record, NormEdit):
-            leaf = leaves[f"{module}/weight"]
-            weight = record.weight if record.here is None else jax.vmap(NormEdit.of)(record, leaf)
-            leaves[f"{module}/weight"] = weight.astype(leaf.dtype)
+            leaves[f"{module}/weight"] = _norm(record, module, leaves.get(f"{module}/weight"))
         elif isinstance(record, LinearEdit):
             _fold_layers(config, leaves, module, record, shared.get(path))
     config = _fold_ends(config, leaves, edits.tree)
@@ -54,6 +52,16 @@ def _check_base(leaves: dict[str, Any], linears: Any) -> None:
         if path not in leaves or tuple(leaves[path].shape) != expected:
             found = f"is {tuple(leaves[path].shape)}" if path in leaves else "does not exist"
             raise QtjaxError(f"merge: the overlay needs {path} of shape {expected}, which {found}; it is for another base")
+
+
+def _norm(record: NormEdit, module: str, leaf: Any) -> Array:
+    """A norm's new scale [D], or [N, D] under the layers, in the leaf's dtype."""
+    if leaf is None or leaf.shape != record.weight.shape:
+        found = "does not exist" if leaf is None else f"is {tuple(leaf.shape)}"
+        raise QtjaxError(
+            f"merge: the overlay needs {module}/weight of shape {record.weight.shape}, which {found}; it is for another base"
+        )
+    return (record.of(leaf) if record.here is None else jax.vmap(NormEdit.of)(record, leaf)).astype(leaf.dtype)
 
 
 def _fold_layers(config: models.ModelConfig, leaves: dict[str, Any], module: str, record: LinearEdit, shared: Any) -> None:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from qtjax.errors import QtjaxError
 from qtjax.overlays.base import Base
-from qtjax.overlays.fields import Targeted
+from qtjax.overlays.fields import Named, Targeted
 from qtjax.overlays.leaves import Leaf, Shape
 from qtjax.overlays.targets import Linear, resolve
 
@@ -32,6 +34,12 @@ class Site:
         shapes = tuple(shape if hit else None for hit in self.hits)
         return Leaf(f"{self.linear.path}/{name}", shapes, axes, self.keys(key), module=self.linear.path, **more)
 
+    def elsewhere(self, values: Array, neutral: float) -> Array:
+        """`values` [N, ...] with `neutral` in the layers that are not edited, where a stored array is zero."""
+        if all(self.hits):
+            return values
+        return jnp.where(np.reshape(self.hits, (-1, *[1] * (values.ndim - 1))), values, neutral)
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -46,7 +54,7 @@ class Spec:
 
 
 def resolve_sites(
-    base: Base, settings: Targeted, strict: bool, ends: bool = False, saved: Sequence[str] = ()
+    base: Base, settings: Named, strict: bool, ends: bool = False, saved: Sequence[str] = ()
 ) -> tuple[Site, ...]:
     """The targets of `settings` in the model's order, embedding and head last. Raises QtjaxError as targets.resolve does.
 
@@ -57,7 +65,7 @@ def resolve_sites(
         settings.target_modules,
         linears,
         exclude_modules=settings.exclude_modules,
-        layers_to_transform=settings.layers_to_transform,
+        layers_to_transform=settings.layers_to_transform if isinstance(settings, Targeted) else None,
         strict=strict,
         ends=base.ends if ends else (),
         saved=saved,

@@ -1,11 +1,17 @@
-"""Several overlays over one base, "lora+ln_tuning": each with its own trees under its own name, their edits combined."""
+"""Several overlays over one base, "lora+ln_tuning": each with its own trees under its own name, their edits combined.
+
+The combined record of a place follows LinearEdit's formula, whatever the order of the names: of "ia3+bitfit" the vectors
+scale the product and the base's bias, and bitfit's bias is added after that.
+"""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax import Array
+import jax.numpy as jnp
 
 from qtjax.errors import QtjaxError, near_names
 from qtjax.models import Edits, combine_trees
@@ -14,22 +20,21 @@ from qtjax.overlays.leaves import Leaf, abstract
 from qtjax.tree import Tree
 
 
+@functools.cache
 def stack_of(names: tuple[str, ...]) -> Method:
-    """One Method made of several. Its spec is the tuple of theirs; a field goes to every part that knows it.
+    """One Method made of several. Its spec is the tuple of theirs.
 
+    A field goes to every part that knows it; a mapping under a part's own name goes to that part alone and comes first:
+    init_overlay("lora+ln_tuning", ..., r=8, lora={"target_modules": "q_proj"}).
     Raises QtjaxError for an unknown part, the same part twice, and (from `read`) parts that set the same place.
     """
     parts = [method_named(name) for name in names]
     if len(set(names)) != len(names):
-        raise QtjaxError(f"overlay method {'+'.join(names)!r}: names the same method twice; raise its rank instead")
+        raise QtjaxError(f"overlay method {'+'.join(names)!r}: names the same method twice; one overlay of a method is enough")
 
     def read(base: Base, fields: Mapping[str, Any], strict: bool) -> tuple[Any, ...]:
-        known = [{f.name for f in dataclasses.fields(part.fields)} for part in parts]
-        for name in fields:
-            if not any(name in own for own in known):
-                raise QtjaxError(f"{name}: none of {', '.join(names)} has such a field{near_names(name, set().union(*known))}")
         spec = tuple(
-            part.read(base, {k: v for k, v in fields.items() if k in own}, strict) for part, own in zip(parts, known)
+            part.read(base, own, strict) for part, own in zip(parts, _routed(dict(zip(names, parts)), fields))
         )
         _check_places(names, parts, spec)
         return spec
@@ -64,7 +69,7 @@ def stack_of(names: tuple[str, ...]) -> Method:
         return params, state
 
     return Method(
-        fields=type(None), read=read, leaves=leaves, expand=expand, to_peft=lambda spec: {}, claims=lambda peft: False,
+        fields=_united(parts), read=read, leaves=leaves, expand=expand, to_peft=lambda spec: {}, claims=lambda peft: False,
         linears=lambda spec: [linear for part, own in zip(parts, spec) for linear in part.linears(own)],
         start=start if any(part.start for part in parts) else None,
         unmergeable="; ".join(f"{name}: {part.unmergeable}" for name, part in zip(names, parts) if part.unmergeable),
@@ -77,10 +82,33 @@ def stack_of(names: tuple[str, ...]) -> Method:
     )  # fmt: skip
 
 
+def _routed(parts: Mapping[str, Method], fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The fields of each part."""
+    known = {name: {f.name for f in dataclasses.fields(part.fields)} for name, part in parts.items()}
+    for name, value in fields.items():
+        if name in parts and not isinstance(value, Mapping):
+            raise QtjaxError(f"{name} = {value!r}: must map {name}'s fields to values, it is the name of a part of the stack")
+        if name not in parts and not any(name in own for own in known.values()):
+            near = near_names(name, set().union(*known.values(), parts))
+            raise QtjaxError(f"{name}: none of {', '.join(parts)} has such a field{near}")
+    shared = {name: value for name, value in fields.items() if name not in parts}
+    return [{k: v for k, v in shared.items() if k in known[part]} | dict(fields.get(part, {})) for part in parts]
+
+
+def _united(parts: list[Method]) -> type:
+    """A dataclass with every part's fields; of the same name, the first part's."""
+    found = {}
+    for f in (f for part in parts for f in dataclasses.fields(part.fields)):
+        found.setdefault(f.name, (f.name, f.type, dataclasses.field(default=f.default, metadata=f.metadata)))
+    return dataclasses.make_dataclass("StackFields", found.values(), frozen=True, kw_only=True)
+
+
 def _check_places(names: tuple[str, ...], parts: list[Method], spec: tuple[Any, ...]) -> None:
     """Refuses a stack whose parts set the same thing at the same place, before anything is trained."""
+    context = Context(task_ids=jnp.zeros(1, jnp.int32))
+
     def shapes(part: Method, own: Any) -> Edits:
-        return jax.eval_shape(lambda trees: part.expand(own, *trees, Context()), abstract(part.leaves(own)))
+        return jax.eval_shape(lambda trees: part.expand(own, *trees, context), abstract(part.leaves(own)))
 
     try:
         edits = _combined([shapes(part, own) for part, own in zip(parts, spec)])

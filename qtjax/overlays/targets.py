@@ -95,7 +95,7 @@ def compiled(pattern: str, field: str) -> re.Pattern[str]:
         raise QtjaxError(f"{field} = {pattern!r}: is not a valid regular expression ({error})") from None
 
 
-def _hits(rule: Names | None, module: str, field: str) -> bool:
+def hits(rule: Names | None, module: str, field: str) -> bool:
     """PEFT's check: a text is a regex that matches the whole module name, a list holds names or dotted endings."""
     if rule is None:
         return False
@@ -104,7 +104,7 @@ def _hits(rule: Names | None, module: str, field: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in rule)
 
 
-def _other_modules(linears: Sequence[Linear]) -> list[str]:
+def other_modules(linears: Sequence[Linear]) -> list[str]:
     """HF modules that a rule can hit and that no method here edits as a linear module of the layers."""
     found = ["lm_head", "model", "model.embed_tokens", "model.layers", "model.norm"]
     for n in range(linears[0].layers):
@@ -129,7 +129,7 @@ def normalize_targets(value: Any, linears: Sequence[Linear]) -> Names:
     if rule.lower() == ALL_LINEAR:
         return tuple(sorted({linear.name for linear in linears}))
     if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*\s*,?", rule.strip()):
-        if not any(_hits(rule, linear.module(n), "target_modules") for linear in linears for n in range(linear.layers)):
+        if not any(hits(rule, linear.module(n), "target_modules") for linear in linears for n in range(linear.layers)):
             return tuple(sorted({name.strip() for name in rule.split(",") if name.strip()}))
     compiled(rule, "target_modules")
     return rule
@@ -168,11 +168,11 @@ def resolve(
         raise QtjaxError(f"layers_to_transform = {bad[0]}: the model has layers 0 to {count - 1}")
 
     def hit(module: str) -> bool:
-        excluded = _hits(exclude_modules, module, "exclude_modules")
+        excluded = hits(exclude_modules, module, "exclude_modules")
         excluded |= any(compiled(rf"(^|.*\.){name}($|\..*)", "modules_to_save").match(module) for name in saved)
-        return not excluded and _hits(target_modules, module, "target_modules")
+        return not excluded and hits(target_modules, module, "target_modules")
 
-    for module in _other_modules(linears):
+    for module in other_modules(linears):
         if module not in [end.module() for end in ends] and hit(module):
             raise QtjaxError(
                 f"target_modules = {_shown(target_modules)}: matches {module!r}, which is not a linear module of the"
@@ -185,14 +185,14 @@ def resolve(
         if hit(end.module()) and (layers_to_transform is None or end.module() in target_modules)
     }
     for linear in linears:
-        hits = tuple(
+        where = tuple(
             (layers_to_transform is None or n in layers_to_transform) and hit(linear.module(n)) for n in range(count)
         )
-        if any(hits):
-            chosen[linear.path] = hits
+        if any(where):
+            chosen[linear.path] = where
     modules = [linear.module(n) for linear in linears for n in range(count)] + [end.module() for end in ends]
     for name in () if isinstance(target_modules, str) or not (strict or not chosen) else target_modules:
-        if not any(_hits((name,), module, "target_modules") for module in modules):
+        if not any(hits((name,), module, "target_modules") for module in modules):
             raise QtjaxError(
                 f"target_modules: {name!r} matches no linear module{near_names(name, _known(linears))};"
                 f" the model has {_names(linears)}"
