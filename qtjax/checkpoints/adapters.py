@@ -58,12 +58,9 @@ def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") 
     if isinstance(overlay.spec, tuple) and "+" in overlay.method:
         _save_stack(folder, overlay, base_model_name)
         return
-    files = {}
-    if own.file is not None or not own.in_peft:
-        files[TRAINABLE] = adapter_state_dict(overlay)
-    if own.in_peft:
-        host = jax.tree.map(_host, (overlay.params, overlay.frozen))
-        files[WEIGHTS] = own.file(overlay.spec, *host) if own.file is not None else adapter_state_dict(overlay)
+    trainables = adapter_state_dict(overlay)
+    theirs = _peft_file(own, overlay.spec, *jax.tree.map(_host, (overlay.params, overlay.frozen)))
+    files = {WEIGHTS: trainables} if theirs is None else {TRAINABLE: trainables} | ({WEIGHTS: theirs} if theirs else {})
     fields = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name or None,
@@ -123,17 +120,41 @@ def load_adapter(path: str | Path, config: models.ModelConfig, params: Tree | No
         spec = own.read(base, peft_config, False)
     except QtjaxError as error:
         raise QtjaxError(f"{folder / CONFIG}: {error}") from None
-    derived = own.file is not None and not (folder / TRAINABLE).is_file()
-    name = WEIGHTS if own.in_peft and (own.file is None or derived) else TRAINABLE
-    tensors = _read_tensors(folder, name)
     leaves = own.leaves(spec)
-    expected = jax.eval_shape(lambda trees: (own.file(spec, *trees) if derived else table.tensors(leaves, *trees)), table.abstract(leaves))
+    theirs = jax.eval_shape(lambda trees: _peft_file(own, spec, *trees), table.abstract(leaves))
+    trainables = jax.eval_shape(lambda trees: table.tensors(leaves, *trees), table.abstract(leaves))
+    if theirs is None:
+        return Overlay(method, spec, *table.trees(leaves, _fitting_tensors(folder, WEIGHTS, trainables)))
+    if theirs and not (folder / TRAINABLE).is_file():
+        return Overlay(method, *own.from_file(spec, _fitting_tensors(folder, WEIGHTS, theirs)))
+    overlay = Overlay(method, spec, *table.trees(leaves, _fitting_tensors(folder, TRAINABLE, trainables)))
+    if theirs and (folder / WEIGHTS).is_file():
+        _check_pair(folder, _fitting_tensors(folder, WEIGHTS, theirs), own.file(spec, overlay.params, overlay.frozen))
+    return overlay
+
+
+def _peft_file(own: Any, spec: Any, params: Tree, frozen: Tree) -> dict[str, Any] | None:
+    """PEFT's file where it is not that of the trainables (None); {} where PEFT cannot have one."""
+    return ({} if not own.in_peft else None) if own.file is None else own.file(spec, params, frozen)
+
+
+def _fitting_tensors(folder: Path, name: str, expected: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    tensors = _read_tensors(folder, name)
     difference = describe_difference(expected, tensors)
     if difference:
         raise QtjaxError(f"{folder / name}: does not fit {CONFIG} and this base model: {difference}")
-    if derived:
-        return Overlay(method, *own.from_file(spec, tensors))
-    return Overlay(method, spec, *table.trees(leaves, tensors))
+    return tensors
+
+
+def _check_pair(folder: Path, stored: Mapping[str, np.ndarray], computed: Mapping[str, Any]) -> None:
+    """Refuses a folder whose two files are of different trainings; other devices round differently, by far less than 2 %."""
+    for key, value in stored.items():
+        ours, theirs = np.asarray(computed[key]), np.asarray(value)
+        if np.issubdtype(ours.dtype, np.floating) and np.linalg.norm(ours - theirs) > 0.02 * np.linalg.norm(theirs):
+            raise QtjaxError(
+                f"{folder / WEIGHTS}: {key} is not what {TRAINABLE} beside it gives, so one of the two was written by another"
+                f" training; delete {TRAINABLE} to load what peft reads, or {WEIGHTS} to go on from here"
+            )
 
 
 def _load_stack(folder: Path, config: models.ModelConfig, params: Tree | None) -> Overlay:

@@ -57,12 +57,14 @@ class Method:
     linears(spec) -> the linear modules it edits, for checks against another base.
     unmergeable: why `merge` is impossible; empty when it is possible.
     draws(spec): training draws random numbers. two_passes(spec): `expand` needs a first pass's hidden states.
+    tasks(spec): how many tasks task_ids choose among; 0 where they play no part.
     penalty(spec, params) -> scalar added to the mean loss (nats), or None without one.
     state(spec, params) -> arrays that `after_step` keeps; after_step(spec, params, state, gradients, step) -> (params, state)
       after optimizer step number `step` (1, 2, ...), `gradients` those of the step, penalty included.
     rates(spec) -> {last part of a leaf's path: factor on the learning rate}.
     file(spec, params, frozen) -> tensors of adapter_model.safetensors where PEFT's file is a derived form; the trainables
-      then stand in a file of their own. from_file(spec, tensors) -> (spec, params, frozen) of that file alone.
+      then stand in a file of their own; None: with this spec PEFT's file is that of the trainables; {}: PEFT cannot read
+      this spec. from_file(spec, tensors) -> (spec, params, frozen) of a derived file alone.
     in_peft: whether PEFT has the method; if not, only the file of trainables is written.
     """
 
@@ -76,11 +78,12 @@ class Method:
     unmergeable: str = ""
     draws: Callable[[Any], bool] = lambda spec: False
     two_passes: Callable[[Any], bool] = lambda spec: False
+    tasks: Callable[[Any], int] = lambda spec: 0
     penalty: Callable[[Any, Tree], Array] | None = None
     state: Callable[[Any, Tree], Tree] = lambda spec, params: {}
     after_step: Callable[[Any, Tree, Tree, Tree, Array], tuple[Tree, Tree]] | None = None
     rates: Callable[[Any], Mapping[str, float]] = lambda spec: {}
-    file: Callable[[Any, Tree, Tree], dict[str, Any]] | None = None
+    file: Callable[[Any, Tree, Tree], dict[str, Any] | None] | None = None
     from_file: Callable[[Any, Mapping[str, Any]], tuple[Any, Tree, Tree]] | None = None
     in_peft: bool = True
 
@@ -151,6 +154,11 @@ class Overlay:
     def two_passes(self) -> bool:
         """Whether the model runs twice, the second time with the first pass's hidden states."""
         return self._own.two_passes(self.spec)
+
+    @property
+    def tasks(self) -> int:
+        """Number of tasks that `task_ids` choose among; 0 where they play no part."""
+        return self._own.tasks(self.spec)
 
     @property
     def trainable_count(self) -> int:

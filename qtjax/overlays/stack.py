@@ -61,6 +61,7 @@ def stack_of(names: tuple[str, ...]) -> Method:
         unmergeable="; ".join(f"{name}: {part.unmergeable}" for name, part in zip(names, parts) if part.unmergeable),
         draws=lambda spec: any(part.draws(own) for part, own in zip(parts, spec)),
         two_passes=lambda spec: any(part.two_passes(own) for part, own in zip(parts, spec)),
+        tasks=lambda spec: max(part.tasks(own) for part, own in zip(parts, spec)),
         penalty=penalty if any(part.penalty for part in parts) else None,
         state=state, after_step=after_step if any(part.after_step for part in parts) else None,
         rates=lambda spec: {k: v for part, own in zip(parts, spec) for k, v in part.rates(own).items()},
