@@ -7,6 +7,7 @@ folder, the bytes and how to refuse what does not fit.
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,8 @@ def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") 
         return
     host, trained = jax.tree.map(host_array, (overlay.params, overlay.frozen)), adapter_state_dict(overlay)
     spec, conversion = own.saved_spec(overlay.spec, host[0]), own.conversion(overlay.spec)
-    derived = conversion.file(*host) if conversion is not None else own.file and own.file(spec, *host)
-    files = {}
-    if derived is not None or not own.in_peft:
-        files[TRAINABLE] = trained
-    if own.in_peft:
-        files[WEIGHTS] = trained if derived is None else derived
+    theirs = conversion.file(*host) if conversion is not None else _peft_file(own, spec, *host)
+    files = {WEIGHTS: trained} if theirs is None else {TRAINABLE: trained} | ({WEIGHTS: theirs} if theirs else {})
     fields = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name or None,
@@ -153,7 +150,8 @@ def load_adapter(path: str | Path, config: models.ModelConfig, params: Tree | No
         tensors |= {f"{prefix}/{key}": value for key, value in _read_tensors(part).items()}
     spec = own.complete(spec, sorted(tensors))
     leaves = own.leaves(spec)
-    expected = jax.eval_shape(lambda trees: (own.file(spec, *trees) if derived else table.tensors(leaves, *trees)), table.abstract(leaves))
+    read = partial(_peft_file, own, spec) if derived else partial(table.tensors, leaves)
+    expected = jax.eval_shape(lambda trees: read(*trees), table.abstract(leaves))
     difference = describe_difference(expected, tensors)
     if difference:
         raise QtjaxError(f"{folder / name}: does not fit {CONFIG} and this base model: {difference}")
@@ -163,13 +161,18 @@ def load_adapter(path: str | Path, config: models.ModelConfig, params: Tree | No
     return Overlay(method, spec, *table.trees(leaves, tensors))
 
 
+def _peft_file(own: Method, spec: Any, params: Tree, frozen: Tree) -> dict[str, Any] | None:
+    """PEFT's file where it is not that of the trainables (None); {} where PEFT cannot have one."""
+    return ({} if not own.in_peft else None) if own.file is None else own.file(spec, params, frozen)
+
+
 def _file_to_read(folder: Path, own: Method, spec: Any, raw: bool) -> tuple[str, bool]:
     """(which file, whether it holds PEFT's derived form): our own file where PEFT's does not hold the trainables as they are."""
-    if raw or not own.in_peft:
+    theirs = jax.eval_shape(lambda trees: _peft_file(own, spec, *trees), table.abstract(own.leaves(spec)))
+    if raw or theirs == {}:
         return TRAINABLE, False
-    form = own.file and jax.eval_shape(lambda trees: own.file(spec, *trees), table.abstract(own.leaves(spec)))
-    if form is None:
-        return (TRAINABLE if (folder / TRAINABLE).is_file() and not (folder / WEIGHTS).is_file() else WEIGHTS), False
+    if theirs is None:
+        return WEIGHTS, False
     return (TRAINABLE, False) if (folder / TRAINABLE).is_file() else (WEIGHTS, True)
 
 

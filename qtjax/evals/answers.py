@@ -84,7 +84,7 @@ def answer(
                 f" max_position_embeddings = {config.max_position_embeddings}; shorten one of them"
             )
     if overlay is not None:
-        overlay.check_tasks(task_ids)
+        models.check_task_ids(overlay.tasks, None if task_ids is None else np.asarray(task_ids, np.int32), (len(prompts),))
     tells_tasks = overlay is not None and overlay.tasks and task_ids is not None
     stop = tuple(sorted(set(int(i) for i in stop_ids)))
     ways = 1 if mesh is None else parallel.batch_size(mesh)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from qtjax import parallel
 from qtjax.data.packing import Sample, fill_rows, pack
-from qtjax.models import ModelConfig
+from qtjax.models import ModelConfig, check_task_ids
 from qtjax.training.score import score_rows
 from qtjax.tree import Tree
 
@@ -66,7 +66,7 @@ def likelihood(
     Returns: Likelihood, one entry per sample; a sample's first token is never a target.
     """
     if overlay is not None:
-        overlay.check_tasks(np.asarray([s.task_id for s in samples], np.int32))
+        check_task_ids(overlay.tasks, np.asarray([s.task_id for s in samples], np.int32), (len(samples),))
     bins = pack([len(s.input_ids) for s in samples], row_length)
     ways = 1 if mesh is None else parallel.batch_size(mesh)
     rows = parallel.round_up(min(rows, max(len(bins), 1)), ways)

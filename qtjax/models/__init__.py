@@ -4,6 +4,7 @@ from qtjax.models.api import abstract_params, apply, hidden_states, init_params,
 from qtjax.models.config import ModelConfig, RopeScaling
 from qtjax.models.edits import AttentionEdit, EmbeddingEdit, Edits, LinearEdit, NormEdit, combine_trees
 from qtjax.models.generate import generate
+from qtjax.models.virtual import check_task_ids
 
 __all__ = [
     "AttentionEdit",
@@ -15,6 +16,7 @@ __all__ = [
     "RopeScaling",
     "abstract_params",
     "apply",
+    "check_task_ids",
     "combine_trees",
     "generate",
     "hidden_states",

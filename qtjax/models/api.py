@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from qtjax.models.attention import among_virtual, sees_virtual, visible
+from qtjax.models.attention import visible
 from qtjax.models.config import ModelConfig
 from qtjax.models.decoder import Decoder
 from qtjax.models.edits import Edits
+from qtjax.models.virtual import among_virtual, check_task_ids, of_rows, offsets, sees_virtual
 from qtjax.tree import Tree, flatten, match_rules, unflatten
 
 # Which logical axis each dimension of a leaf is; parallel/sharding.py maps these names to mesh axes.
@@ -78,15 +79,18 @@ def hidden_states(
       segment_ids: int [B, L], 0 for padding; a token sees only its own nonzero segment.
       overlay: parameter-efficient overlay or None; task_ids: int [B] or [B, L] for overlays that choose by task.
       rng: key for what an overlay draws in training (dropout); None draws nothing.
-    Virtual tokens of an overlay stand before the row once; every segment sees them, and its positions start after them.
-    Returns: [B, L, D] in config.dtype; exactly zero, with zero gradient, at slots that hold nothing real.
+    Virtual tokens of an overlay stand before the row once; every segment sees them, and its positions start after them
+      (position_ids count without them; their default is then, in a packed row, the slot within the segment).
+    Returns: [B, L, D] in config.dtype; exactly zero, with zero gradient, at slots that hold nothing real. Raises
+      QtjaxError for task_ids that do not fit the overlay; where they are traced, the states of unknown tasks are NaN.
     """
     segment = segments(input_ids, attention_mask, segment_ids)
-    if position_ids is None:
-        position_ids = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
-    row = _Row(input_ids, position_ids, segment, _offsets(segment, segment_ids is not None), task_ids)
+    if task_ids is not None:
+        task_ids = jnp.asarray(task_ids)
+    row = _Row(input_ids, position_ids, segment, segment_ids, task_ids)
     if overlay is None:
         return _run(config, params, row, Edits({}))
+    check_task_ids(overlay.tasks, task_ids, input_ids.shape, segment != 0)
     hidden = _run(config, params, row, overlay.expand(rng, task_ids))
     if overlay.two_passes:
         hidden = _run(config, params, row, overlay.expand(rng, task_ids, jax.lax.stop_gradient(hidden)))
@@ -95,19 +99,10 @@ def hidden_states(
 
 class _Row(NamedTuple):
     input_ids: Array
-    position_ids: Array
+    position_ids: Array | None
     segment: Array
-    offset: Array
+    segment_ids: Array | None
     task_ids: Array | None
-
-
-def _offsets(segment: Array, packed: bool) -> Array:
-    """int [B, L]: slots since the segment began in a packed row, since the row began in a padded one (as HF counts)."""
-    slots = jnp.broadcast_to(jnp.arange(segment.shape[1]), segment.shape)
-    if not packed:
-        return slots
-    fresh = jnp.concatenate([jnp.ones_like(segment[:, :1], bool), segment[:, 1:] != segment[:, :-1]], axis=1)
-    return slots - jax.lax.cummax(jnp.where(fresh, slots, 0), axis=1)
 
 
 def variables(params: Tree, edits: Edits) -> dict[str, Tree]:
@@ -116,29 +111,43 @@ def variables(params: Tree, edits: Edits) -> dict[str, Tree]:
 
 
 def _run(config: ModelConfig, params: Tree, row: _Row, edits: Edits) -> Array:
-    slots, window = jnp.arange(row.input_ids.shape[1]), config.sliding_window
-    mask = visible(slots, slots, row.segment, row.segment, window)
-    positions, virtual, extra = row.position_ids, None, 0
-    if edits.prefix:
-        positions = positions + edits.prefix
-        mask = jnp.concatenate([sees_virtual(row.offset, row.segment, edits.prefix, window), mask], axis=-1)
+    slots, window = jnp.arange(row.input_ids.shape[1], dtype=jnp.int32), config.sliding_window
+    mask, offset = visible(slots, slots, row.segment, row.segment, window), slots
+    if edits.ahead:
+        offset = offsets(slots, row.segment_ids)
+    positions = offset if row.position_ids is None else row.position_ids
+    positions = jnp.broadcast_to(positions, row.input_ids.shape) + edits.ahead
     if edits.virtual is not None:
-        virtual, same = edits.virtual, None
-        groups, count = virtual.shape[:2]
-        if groups > 1 and row.task_ids.ndim == 1:  # one task a row: only its own tokens stand before it
-            virtual, groups = jnp.take(virtual, row.task_ids, axis=0), 1
-        else:
-            same = row.task_ids[..., None] == jnp.arange(groups) if groups > 1 else None
-            virtual = virtual.reshape(-1, virtual.shape[-1])
-        extra, batch = groups * count, row.input_ids.shape[0]
-        seen = sees_virtual(row.offset, row.segment, count, window, same)
-        top = jnp.pad(among_virtual(groups, count, window), ((0, 0), (0, mask.shape[-1])))
-        top = jnp.broadcast_to(top[None, None], (batch, 1, *top.shape))
-        mask = jnp.concatenate([top, jnp.concatenate([seen, mask], axis=-1)], axis=2)
-        own = jnp.broadcast_to(jnp.tile(jnp.arange(count, dtype=positions.dtype), groups), (batch, extra))
-        positions = jnp.concatenate([own, positions + count], axis=1)
+        return _run_behind(config, params, row, edits, offset, positions, mask)
+    if edits.prefix:
+        mask = jnp.concatenate([sees_virtual(offset, row.segment, edits.prefix, window), mask], axis=-1)
+    hidden, _ = Decoder(config).apply(variables(params, edits), row.input_ids, positions, mask)
+    return jnp.where((row.segment != 0)[..., None], hidden, 0)
+
+
+def _run_behind(
+    config: ModelConfig, params: Tree, row: _Row, edits: Edits, offset: Array, positions: Array, mask: Array
+) -> Array:
+    """`_run` with virtual embeddings before the rows: each row's own task's, or all tasks' where its tokens differ in task."""
+    groups, count = edits.virtual.shape[:2]
+    batch, window, same, known = positions.shape[0], config.sliding_window, None, True
+    if groups > 1 and row.task_ids is not None and row.task_ids.ndim == 2:
+        virtual = edits.virtual.reshape(groups * count, -1)
+        same = row.task_ids[..., None] == jnp.arange(groups)
+        known = same.any(axis=-1)
+    else:
+        virtual, groups = of_rows(edits.virtual, row.task_ids), 1
+    extra = groups * count
+    own = jnp.broadcast_to(jnp.tile(jnp.arange(count, dtype=positions.dtype), groups), (batch, extra))
+    top = jnp.pad(among_virtual(groups, count, window), ((0, 0), (0, mask.shape[-1])))
+    seen = sees_virtual(offset, row.segment, count, window, same)
+    mask = jnp.concatenate(
+        [jnp.broadcast_to(top, (batch, 1, *top.shape)), jnp.concatenate([seen, mask], axis=-1)], axis=2
+    )
+    positions = jnp.concatenate([own, positions], axis=1)
     hidden, _ = Decoder(config).apply(variables(params, edits), row.input_ids, positions, mask, virtual=virtual)
-    return jnp.where((row.segment != 0)[..., None], hidden[:, extra:], 0)
+    hidden = hidden[:, extra:] if same is None else jnp.where(known[..., None], hidden[:, extra:], jnp.nan)
+    return jnp.where((row.segment != 0)[..., None], hidden, 0)
 
 
 def readout(
@@ -190,11 +199,12 @@ def apply(
     overlay: Any = None,
     task_ids: Array | None = None,
 ) -> Array:
-    """Logits float32 [B, L, V], jitted; arguments as in `hidden_states`; never any at virtual tokens. Slots that hold nothing real give zero logits."""
-    if overlay is not None:
-        overlay.check_tasks(task_ids)
+    """Logits float32 [B, L, V], jitted; arguments as in `hidden_states`. None at virtual tokens, zeros where nothing is real."""
     arrays = (input_ids, attention_mask, position_ids, segment_ids, task_ids)
-    return _logits(config, params, overlay, *(x if x is None else jnp.asarray(x) for x in arrays))
+    ids, mask, _, segment_ids, tasks = arrays = [x if x is None else jnp.asarray(x) for x in arrays]
+    if overlay is not None and overlay.tasks:
+        check_task_ids(overlay.tasks, tasks, ids.shape, segments(ids, mask, segment_ids) != 0)
+    return _logits(config, params, overlay, *arrays)
 
 
 @partial(jax.jit, static_argnames="config")

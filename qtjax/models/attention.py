@@ -78,26 +78,3 @@ def prompted(q_BLHC: Array, k_1PKC: Array, v_1PKC: Array, gate: Array, tanh: boo
     y = jax.nn.dot_product_attention(q_BLHC, k, v, implementation="xla")
     gate = jnp.tanh(gate) if tanh else gate
     return y * gate.astype(y.dtype)[:, None]
-
-
-def sees_virtual(
-    offset_BL: Array, segment_BL: Array, count: int, sliding_window: int | None, same_group_BLG: Array | None = None
-) -> Array:
-    """bool [B, 1, L, G P]: which of the virtual tokens before the row each of its slots sees.
-
-    Every segment sees them as if it alone stood behind them: `offset` is a slot's distance from its segment's first
-    slot, and a sliding window counts from there. Args: count P; same_group bool [B, L, G] where groups differ.
-    """
-    distance = offset_BL[..., None] + count - jnp.arange(count)
-    near = (segment_BL != 0)[..., None] & ((distance < sliding_window) if sliding_window else jnp.ones_like(distance, bool))
-    if same_group_BLG is not None:
-        near = (near[:, :, None, :] & same_group_BLG[..., None]).reshape(*near.shape[:2], -1)
-    return near[:, None]
-
-
-def among_virtual(groups: int, count: int, sliding_window: int | None) -> Array:
-    """bool [G P, G P]: virtual tokens see those of their group that are not later, within the window."""
-    group, slot = (x.reshape(-1) for x in jnp.mgrid[:groups, :count])
-    distance = slot[:, None] - slot[None, :]
-    near = (distance >= 0) & (group[:, None] == group[None, :])
-    return near & (distance < sliding_window) if sliding_window else near

@@ -108,12 +108,15 @@ class Attention(nn.Module):
         edit: AttentionEdit | None = _edit(self, "attention")
         if edit is not None and edit.prefix_k is not None:
             k, v = (before(prefix, own) for prefix, own in ((edit.prefix_k, k), (edit.prefix_v, v)))
-        y = attend(q, k, v, mask)
-        if edit is not None and edit.prompt is not None:
-            prompt = edit.prompt.astype(x.dtype)[None]
-            y += prompted(q, split(k_proj(prompt), kv_heads), split(v_proj(prompt), kv_heads), edit.gate, edit.tanh)
-        y = y.reshape(*x.shape[:2], heads * dim)
-        return Linear(c, c.hidden_size, c.attention_bias, name="o_proj")(y), cache
+        y, o_proj = attend(q, k, v, mask), Linear(c, c.hidden_size, c.attention_bias, name="o_proj")
+        if edit is None or edit.prompt is None:
+            return o_proj(y.reshape(*x.shape[:2], heads * dim)), cache
+        prompt = edit.prompt.astype(x.dtype)[None]
+        more = prompted(q, split(k_proj(prompt), kv_heads), split(v_proj(prompt), kv_heads), edit.gate, edit.tanh)
+        y, more = (part.reshape(*x.shape[:2], heads * dim) for part in (y, more))
+        if edit.alone is None:
+            return o_proj(y + more), cache
+        return o_proj(y) + edit.alone.astype(x.dtype) * o_proj(more), cache
 
 
 class MLP(nn.Module):

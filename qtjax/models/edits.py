@@ -223,13 +223,15 @@ class AttentionEdit:
 
     prefix_k, prefix_v [P, K, C] (or [B, P, K, C]): before the row's own keys, without rotary positions; the model is told by
     `Edits.prefix`. prompt [P, D], gate [1] or [H]: heads attend to the prompt's keys and values as well, with a softmax
-    of its own, times the gate (or its tanh), added before o_proj.
+    of its own, times the gate (or its tanh), added before o_proj; where alone [] is 1 and not 0, o_proj takes it by
+    itself, so that o_proj's bias is added again (PEFT's LLaMA-Adapter).
     """
 
     prefix_k: Array | None = None
     prefix_v: Array | None = None
     prompt: Array | None = None
     gate: Array | None = None
+    alone: Array | None = None
     tanh: bool = False
 
 
@@ -247,6 +249,11 @@ class Edits:
     shared: Tree = dataclasses.field(default_factory=dict)
     virtual: Array | None = None
     prefix: int = 0
+
+    @property
+    def ahead(self) -> int:
+        """How many virtual tokens a token's positions start after."""
+        return self.prefix if self.virtual is None else self.virtual.shape[1]
 
 
 def combine(first: Any, second: Any, where: str = "") -> Any:

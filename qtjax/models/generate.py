@@ -9,10 +9,11 @@ from jax import Array
 
 from qtjax.models.api import logits as logits_of
 from qtjax.models.api import variables
-from qtjax.models.attention import sees_virtual, visible
+from qtjax.models.attention import visible
 from qtjax.models.config import ModelConfig
 from qtjax.models.decoder import Decoder
 from qtjax.models.edits import Edits
+from qtjax.models.virtual import check_task_ids, of_rows, sees_virtual
 from qtjax.tree import Tree
 
 
@@ -39,6 +40,7 @@ def generate(
       eos_token_id: a sequence ends with (and includes) the first of these; default config.eos_token_id.
       pad_token_id: fills a row after its end; default config.pad_token_id, else the first EOS, else 0.
       key: sampling key; default jax.random.key(0). overlay, task_ids (int [B]): as in `hidden_states`.
+    Virtual tokens stand before the padding; a row's positions count from its own first token and start after them.
     Returns: int32 [B, max_new_tokens].
     """
     input_ids = jnp.asarray(input_ids, jnp.int32)
@@ -50,6 +52,9 @@ def generate(
     key = jax.random.key(0) if key is None else key
     knobs = (jnp.float32(temperature), jnp.float32(top_p))
     greedy = temperature == 0.0
+    task_ids = None if task_ids is None else jnp.asarray(task_ids)
+    if overlay is not None:
+        check_task_ids(overlay.tasks, task_ids, (input_ids.shape[0],))
     return _generate(config, max_new_tokens, eos, pad, greedy, params, overlay, task_ids, input_ids, mask, knobs, key)
 
 
@@ -69,11 +74,9 @@ def _generate(config, max_new_tokens, eos, pad, greedy, params, overlay, task_id
     batch, length = input_ids.shape
     model, window = Decoder(config), config.sliding_window
     edits = Edits({}) if overlay is None else overlay.expand(None, task_ids)
-    virtual = edits.virtual
-    if virtual is not None:
-        virtual = virtual[0] if virtual.shape[0] == 1 else jnp.take(virtual, task_ids, axis=0)
+    virtual = None if edits.virtual is None else of_rows(edits.virtual, task_ids)
     ahead = 0 if virtual is None else virtual.shape[-2]  # virtual tokens take slots of the cache, a prefix does not
-    start, total = ahead + edits.prefix, ahead + length + max_new_tokens
+    start, total = edits.ahead, ahead + length + max_new_tokens
     shape = (config.num_hidden_layers, batch, total, config.num_key_value_heads, config.head_dim)
     empty = (jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
     two = overlay is not None and overlay.two_passes
@@ -82,13 +85,12 @@ def _generate(config, max_new_tokens, eos, pad, greedy, params, overlay, task_id
     key_segments, slots = jnp.concatenate(real_slots, axis=1), jnp.arange(total)
 
     def forward(ids, positions, slot, caches, virtual=None):
-        count = ids.shape[1] + (0 if virtual is None else ahead)
+        count = positions.shape[1]
         query_slots = slot + jnp.arange(count)
         queries = jax.lax.dynamic_slice_in_dim(key_segments, slot, count, axis=1)
         sight = visible(query_slots, slots, queries, key_segments, window)
         if edits.prefix:
-            offset = jnp.broadcast_to(query_slots, queries.shape)
-            sight = jnp.concatenate([sees_virtual(offset, queries, edits.prefix, window), sight], axis=-1)
+            sight = jnp.concatenate([sees_virtual(query_slots, queries, edits.prefix, window), sight], axis=-1)
 
         def run(edits, cache):
             return model.apply(variables(params, edits), ids, positions, sight, cache, slot, virtual)

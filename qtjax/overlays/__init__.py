@@ -1,8 +1,8 @@
 """Parameter-efficient fine-tuning as overlays: one method a file, one line of registration each."""
 
 from qtjax.overlays import (
-    adalora, bitfit, boft, diffprune, dora, fourierft, houlsby, ia3, ln_tuning, loha, lokr, lora, oft, poly, vblora,
-    vera, xlora,
+    adalora, bitfit, boft, diffprune, dora, fourierft, houlsby, ia3, llama_adapter, ln_tuning, loha, lokr, lora, mpt,
+    oft, poly, prefix, prompt, ptuning, vblora, vera, xlora,
 )  # fmt: skip
 from qtjax.overlays.base import (
     METHODS, Method, Overlay, abstract_overlay, field_names, init_overlay, method_named, overlay_axes, register,
@@ -26,6 +26,11 @@ register("ln_tuning", ln_tuning.METHOD)
 register("bitfit", bitfit.METHOD)
 register("diffprune", diffprune.METHOD)
 register("houlsby", houlsby.METHOD)
+register("prompt", prompt.METHOD)
+register("ptuning", ptuning.METHOD)
+register("mpt", mpt.METHOD)
+register("prefix", prefix.METHOD)
+register("llama_adapter", llama_adapter.METHOD)
 
 __all__ = [
     "METHODS", "Method", "Overlay", "abstract_overlay", "field_names", "init_overlay", "merge", "method_named", "overlay_axes",

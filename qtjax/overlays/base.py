@@ -72,19 +72,19 @@ class Method:
     linears(spec) -> the linear modules it edits, for checks against another base.
     unmergeable: why `merge` is impossible; empty when it is possible.
     draws(spec): training draws random numbers. two_passes(spec): `expand` needs a first pass's hidden states.
+    tasks(spec): how many tasks task_ids choose among; 0 where they play no part.
     penalty(spec, params) -> scalar added to the mean loss (nats), or None without one.
     state(spec, params) -> arrays that `after_step` keeps; after_step(spec, params, state, gradients, step) -> (params, state)
       after optimizer step number `step` (1, 2, ...), `gradients` those of the step, penalty included.
     rates(spec) -> {last part of a leaf's path: factor on the learning rate}.
     complete(spec, names) -> spec: with what an adapter file may carry and need not, known by its tensors' names.
     file(spec, params, frozen) -> tensors of adapter_model.safetensors where PEFT's file is a derived form; the trainables
-      then stand in a file of their own. None where, for this spec, it holds the trainables themselves.
+      then stand in a file of their own. None: with this spec it holds the trainables themselves; {}: PEFT cannot read it.
     from_file(spec, tensors) -> (spec, params, frozen) of that file alone.
     saved_spec(spec, params) -> the spec that an adapter is saved by, where training itself decides some of it (pruned
       ranks); params on the host.
     conversion(spec) -> Conversion where only some settings have a derived form, which adapter_config.json then describes.
     in_peft: whether PEFT has the method; if not, only the file of trainables is written.
-    tasks(spec): how many tasks it tells apart, 0 for a method that knows none.
     given(spec, fields) -> {leaf path: first value} of the arrays that a caller hands over among the fields.
     parts(spec) -> {subfolder: its adapter_config.json} of adapters that this one is made of: tensors whose key begins
       with "<subfolder>/" stand in that folder's file, and `read` finds their configs under "parts"; in_parts: it has any.
@@ -180,21 +180,6 @@ class Overlay:
     def _own(self) -> Method:
         return method_named(self.method)
 
-    def check_tasks(self, task_ids: Any) -> None:
-        """Raises QtjaxError for task_ids that are missing or outside the overlay's tasks; traced values pass."""
-        count = self._own.tasks(self.spec)
-        if count > 1 and task_ids is None:
-            raise QtjaxError(f"task_ids: {self.method} has {count} tasks; give int [B], or [B, L] for packed rows")
-        if count and task_ids is not None and not isinstance(task_ids, jax.core.Tracer):
-            found = np.asarray(task_ids)
-            if found.size and not (0 <= found.min() and found.max() < count):
-                raise QtjaxError(f"task_ids = {found.min()}..{found.max()}: {self.method} has tasks 0 to {count - 1}")
-
-    @property
-    def tasks(self) -> int:
-        """How many tasks the overlay tells apart; 0 where it knows none."""
-        return self._own.tasks(self.spec)
-
     @property
     def draws(self) -> bool:
         """Whether a training step needs a key for `expand` (dropout)."""
@@ -204,6 +189,11 @@ class Overlay:
     def two_passes(self) -> bool:
         """Whether the model runs twice, the second time with the first pass's hidden states."""
         return self._own.two_passes(self.spec)
+
+    @property
+    def tasks(self) -> int:
+        """Number of tasks that `task_ids` choose among; 0 where they play no part."""
+        return self._own.tasks(self.spec)
 
     @property
     def trainable_count(self) -> int:

@@ -50,7 +50,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def setting(default: Any, rule: str, choices: Sequence[Any] = ()) -> Any:
-    """A field of a method's dataclass. Rules: those of this file, "targets", "names", "layers", "pattern:RULE", "choice"."""
+    """A field of a method's dataclass. Rules: those of this file, "targets", "names", "layers", "ids", "pattern:RULE", "choice"."""
     return field(default=default, metadata={"rule": rule, "choices": tuple(choices)})
 
 
@@ -116,6 +116,8 @@ def _checked(f: Any, value: Any, linears: Sequence[Linear]) -> Any:
         return as_names(value, name)
     if rule == "layers":
         return _layers(value, name)
+    if rule == "ids":
+        return _ids(value, name)
     if rule.startswith("pattern:"):
         return _pattern(value, name, rule.removeprefix("pattern:"))
     if rule == "choice":
@@ -147,6 +149,14 @@ def _layers(value: Any, name: str) -> tuple[int, ...] | None:
     valid = isinstance(listed, (list, tuple, set, range)) and all(_integer(n) for n in listed)
     require(valid, name, value, "must be a layer index or a list of them")
     return tuple(sorted(set(listed))) or None
+
+
+def _ids(value: Any, name: str) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    valid = isinstance(value, (list, tuple)) and all(_integer(n) and n >= 0 for n in value)
+    require(valid, name, value, "must be a list of token ids")
+    return tuple(value)
 
 
 def to_peft(settings: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from qtjax.data.iterate import BatchPlan
 from qtjax.data.prepare import training_data
 from qtjax.data.tokenizer import check_vocabulary, load_tokenizer
 from qtjax.errors import QtjaxError
-from qtjax.models import ModelConfig
+from qtjax.models import ModelConfig, check_task_ids
 from qtjax.overlays import abstract_overlay
 from qtjax.parallel import batch_size, make_mesh, round_up
 from qtjax.report.progress import TrainingProgress
@@ -145,7 +145,8 @@ def _check_fit(config: Config, shape: ModelConfig) -> None:
 def check_tasks(config: Config, shape: ModelConfig, dataset: TokenizedDataset) -> None:
     """Raises QtjaxError when the data hold a task that the overlay has no place for."""
     if config.overlay.method != "none":
-        abstract_overlay(config.overlay.method, shape, **overlay_fields(config.overlay, 1)).check_tasks(dataset.task_ids)
+        overlay = abstract_overlay(config.overlay.method, shape, **overlay_fields(config.overlay, 1))
+        check_task_ids(overlay.tasks, dataset.task_ids, dataset.task_ids.shape)
 
 
 def fingerprint(dataset: TokenizedDataset) -> str:
