@@ -126,6 +126,11 @@ def _check_fit(config: Config, shape: ModelConfig) -> None:
             f"data.max_length = {config.data.max_length}: the model {config.model.path!r} has"
             f" {shape.max_position_embeddings} positions (max_position_embeddings); lower it to that"
         )
+    if config.overlay.method == "none" and config.model.quantization != "none":
+        raise QtjaxError(
+            f"model.quantization = {config.model.quantization!r}: full-parameter training cannot update quantised kernels; set it"
+            " to none, or train an overlay (overlay.method lora or qlora)"
+        )
     if config.overlay.method == "none" and config.model.param_dtype != "float32":
         raise QtjaxError(
             f"model.param_dtype = {config.model.param_dtype!r}: full-parameter training keeps float32 parameters, since small"
