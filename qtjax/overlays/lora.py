@@ -176,7 +176,7 @@ METHOD = Method(
     leaves=lora_leaves,
     expand=_expand,
     to_peft=_to_peft,
-    claims=claims("LORA", use_dora=False),
+    claims=claims("LORA", use_dora=False, qtjax_method=False),
     linears=linears_of,
     draws=lambda spec: spec.fields.lora_dropout > 0,
 )
