@@ -37,6 +37,9 @@ class ModelSection:
     param_dtype: str = knob("float32", "dtype in which parameters are stored and updated", choices=DTYPES)
     remat: str = knob("none", "what the backward pass recomputes per layer", choices=("none", "dots", "full"))
     unroll_layers: bool = knob(False, "unroll the scan over layers: faster steps, slower compilation")
+    quantization: str = knob(
+        "none", "the layers' kernels packed while loading, a frozen base for overlays (QLoRA)", choices=("none", "nf4", "int8", "int4")
+    )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 
 from qtjax.checkpoints.names import Place, places, stored_shape
 from qtjax.errors import QtjaxError
+from qtjax.models import Quantized, quantize
 from qtjax.tree import Tree, describe_difference, flatten, unflatten
 
 Index = tuple[slice, ...]
@@ -29,7 +30,8 @@ def assemble(
     """Builds the tree; host memory holds one leaf (one shard of a leaf, with shardings) beside what was built.
 
     Args:
-      stored: {Hugging Face name: tensor}. abstract: tree of shape structs whose dtype each leaf is cast to.
+      stored: {Hugging Face name: tensor}. abstract: tree of shape structs whose dtype each leaf is cast to; a `Quantized`
+        of them is packed layer by layer, so that no more than one layer's matrix exists unpacked.
       where: the checkpoint, for messages. shardings: a tree of jax.sharding.Sharding like `abstract`; None puts every
         leaf on the default device.
     Raises QtjaxError listing missing, unknown and mis-shaped tensors.
@@ -55,6 +57,8 @@ def assemble(
 
 def _leaf(pieces: list[tuple[StoredTensor, Place]], struct: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
     pieces = sorted(pieces, key=lambda piece: piece[1].layer or 0)
+    if isinstance(struct, Quantized):
+        return _packed_leaf(pieces, struct, sharding)
     parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
     def part(index: Index) -> np.ndarray:
@@ -67,6 +71,18 @@ def _leaf(pieces: list[tuple[StoredTensor, Place]], struct: jax.ShapeDtypeStruct
     if sharding is None:
         return jax.device_put(part(tuple(slice(0, size) for size in struct.shape)))
     return jax.make_array_from_callback(struct.shape, sharding, part)
+
+
+def _packed_leaf(pieces: list[tuple[StoredTensor, Place]], struct: Quantized, sharding: Quantized | None) -> Quantized:
+    whole = tuple(slice(0, size) for size in struct.shape)
+    host = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), struct)
+    for n in range(struct.shape[0]):
+        matrix = _read(pieces, (slice(n, n + 1), *whole[1:]), struct.dtype)[0]
+        packed = quantize(matrix, struct.kind)
+        jax.tree.map(lambda target, value: target.__setitem__(n, np.asarray(value)), host, packed)
+    if sharding is None:
+        return jax.tree.map(jax.device_put, host)
+    return jax.tree.map(lambda x, where: jax.make_array_from_callback(x.shape, where, lambda index: x[index]), host, sharding)
 
 
 def _read(pieces: list[tuple[StoredTensor, Place]], index: Index, dtype: np.dtype) -> np.ndarray:

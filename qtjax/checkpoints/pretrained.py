@@ -18,8 +18,8 @@ from qtjax.checkpoints import hf
 from qtjax.checkpoints.assemble import assemble
 from qtjax.checkpoints.folder import TOKENIZER_FILES, open_weights, read_config, resolve_folder
 from qtjax.checkpoints.names import Place, places, stored_shape
-from qtjax.errors import QtjaxError
-from qtjax.models import ModelConfig, abstract_params, init_params
+from qtjax.errors import QtjaxError, near_names
+from qtjax.models import KINDS, ModelConfig, Quantized, abstract_params, init_params
 from qtjax.tree import Tree, describe_difference, flatten
 
 MAX_SHARD_BYTES = 5_000_000_000  # what transformers 4 splits at; 5 readers take any
@@ -33,6 +33,7 @@ def load_pretrained(
     param_dtype: str | None = None,
     random_init: bool = False,
     key: jax.Array | None = None,
+    quantization: str | None = None,
 ) -> tuple[ModelConfig, Tree]:
     """Loads a LLaMA or Mistral checkpoint into a parameter tree.
 
@@ -41,13 +42,21 @@ def load_pretrained(
       dtype: compute dtype, goes into the config. param_dtype: dtype of the returned leaves; default `dtype`.
       mesh: where leaves are sharded as parallel/sharding.py says; None: the default device.
       random_init: ignore the folder's weights and draw new ones with `key` (default jax.random.key(0)).
+      quantization: "nf4", "int8" or "int4" packs the layers' linear kernels while they are read (models/quantized.py);
+        norms, embedding and head stay in param_dtype. Such a model is a frozen base for overlays.
     Returns: (config, params). Each leaf goes from file to device by itself: host memory holds one leaf (one shard of it,
-    with a mesh) beside the result.
+    with a mesh) beside the result; of a quantised leaf the packed form and one layer's matrix.
     Raises QtjaxError: nothing there, hub out of reach, unsupported config, damaged or missing files, pickles, and
     tensors that do not fit (all of them listed).
     """
     folder = resolve_folder(path)
-    config = read_config(folder).replace(dtype=_dtype(dtype), param_dtype=_dtype(param_dtype or dtype))
+    if quantization not in (None, *KINDS):
+        raise QtjaxError(
+            f"quantization = {quantization!r}: must be None or one of {', '.join(KINDS)}{near_names(str(quantization), KINDS)}"
+        )
+    config = read_config(folder).replace(
+        dtype=_dtype(dtype), param_dtype=_dtype(param_dtype or dtype), quantization=quantization
+    )
     shardings = None
     if mesh is not None:
         from qtjax.parallel.sharding import param_shardings
@@ -89,6 +98,12 @@ def save_pretrained(
     Returns: the folder. Raises QtjaxError if the tree does not fit the config, or the disk does not take it.
     """
     folder = Path(path).expanduser()
+    packed = next((leaf for leaf in flatten(params).values() if isinstance(leaf, Quantized)), None)
+    if packed is not None:
+        raise QtjaxError(
+            f"cannot save to {folder}: the kernels are quantised ({packed.kind}), which the folder cannot hold; merge(config,"
+            " params, overlay) first, which dequantises, or load the model without quantization"
+        )
     difference = describe_difference(flatten(abstract_params(config)), flatten(params))
     if difference:
         raise QtjaxError(f"cannot save to {folder}: the parameters do not fit the config: {difference}")

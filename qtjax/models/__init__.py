@@ -5,14 +5,17 @@ from qtjax.models.config import ModelConfig, RopeScaling
 from qtjax.models.edits import AttentionEdit, EmbeddingEdit, Edits, LinearEdit, NormEdit, combine_trees
 from qtjax.models.generate import generate
 from qtjax.models.virtual import check_task_ids
+from qtjax.models.quantized import KINDS, Quantized, is_quantized_path, quantize
 
 __all__ = [
     "AttentionEdit",
     "Edits",
     "EmbeddingEdit",
+    "KINDS",
     "LinearEdit",
     "ModelConfig",
     "NormEdit",
+    "Quantized",
     "RopeScaling",
     "abstract_params",
     "apply",
@@ -21,8 +24,10 @@ __all__ = [
     "generate",
     "hidden_states",
     "init_params",
+    "is_quantized_path",
     "logical_axes",
     "logits",
+    "quantize",
     "readout",
     "segments",
 ]

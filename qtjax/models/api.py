@@ -1,6 +1,7 @@
 """The decoder as pure functions of (config, params): what every other room calls."""
 
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from qtjax.models.config import ModelConfig
 from qtjax.models.decoder import Decoder
 from qtjax.models.edits import Edits
 from qtjax.models.virtual import among_virtual, check_task_ids, of_rows, offsets, sees_virtual
+from qtjax.models.quantized import abstract_quantized, is_quantized_path, quantize_layers
 from qtjax.tree import Tree, flatten, match_rules, unflatten
 
 # Which logical axis each dimension of a leaf is; parallel/sharding.py maps these names to mesh axes.
@@ -39,17 +41,38 @@ def _init(config: ModelConfig, key: Array) -> Tree:
 
 
 def abstract_params(config: ModelConfig) -> Tree:
-    """The parameter tree as jax.ShapeDtypeStruct leaves; allocates nothing."""
-    return jax.eval_shape(lambda key: _init(config, key), jax.ShapeDtypeStruct((2,), jnp.uint32))
+    """The parameter tree as jax.ShapeDtypeStruct leaves; allocates nothing. Quantised kernels are records of such."""
+    tree = jax.eval_shape(lambda key: _init(config, key), jax.ShapeDtypeStruct((2,), jnp.uint32))
+    return _quantized(config, tree, abstract_quantized)
+
+
+def _quantized(config: ModelConfig, tree: Tree, quantize: Callable[[Any, str], Any]) -> Tree:
+    if config.quantization is None:
+        return tree
+    leaves = flatten(tree)
+    return unflatten(
+        {path: quantize(leaf, config.quantization) if is_quantized_path(path) else leaf for path, leaf in leaves.items()}
+    )
 
 
 def init_params(config: ModelConfig, key: Array) -> Tree:
-    """Random parameters: normal(initializer_range), norms one, biases zero; dtype config.param_dtype."""
-    return jax.jit(_init, static_argnums=0)(config, key)
+    """Random parameters: normal(initializer_range), norms one, biases zero; dtype config.param_dtype.
+
+    With config.quantization kernels are drawn first and then packed.
+    """
+    return _initial(config, key)
+
+
+@partial(jax.jit, static_argnums=0)
+def _initial(config: ModelConfig, key: Array) -> Tree:
+    return _quantized(config, _init(config, key), quantize_layers)
 
 
 def logical_axes(config: ModelConfig) -> Tree:
-    """A tree like the parameters' whose leaves are tuples of logical axis names, one per dimension."""
+    """A tree like the parameters' whose leaves are tuples of logical axis names, one per dimension.
+
+    Of a quantised kernel those of the matrix that it stands for; `Quantized.axes` carries them over to its arrays.
+    """
     paths = list(flatten(abstract_params(config)))
     rules = [rule for rule in _AXES if any(re.fullmatch(rule[0], p) for p in paths)]
     return unflatten(match_rules(paths, rules))

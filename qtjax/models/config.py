@@ -23,10 +23,10 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Names are Hugging Face's; the last four fields say how to compute, not what.
+    """Names are Hugging Face's; the last five fields say how to compute, not what, and are not written to config.json.
 
     `dtype` is the compute dtype, `param_dtype` the storage dtype; `remat` none | dots | full;
-    `unroll_layers` trades compile time for step time.
+    `unroll_layers` trades compile time for step time; `quantization` None | nf4 | int8 | int4 of the layers' kernels.
     """
 
     model_type: str = "llama"
@@ -54,6 +54,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     remat: str = "none"
     unroll_layers: bool = False
+    quantization: str | None = None
 
     def replace(self, **changes: Any) -> "ModelConfig":
         return dataclasses.replace(self, **changes)

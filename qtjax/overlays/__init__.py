@@ -1,8 +1,8 @@
 """Parameter-efficient fine-tuning as overlays: one method a file, one line of registration each."""
 
 from qtjax.overlays import (
-    adalora, bitfit, boft, diffprune, dora, fourierft, houlsby, ia3, llama_adapter, ln_tuning, loha, lokr, lora, mpt,
-    oft, poly, prefix, prompt, ptuning, vblora, vera, xlora,
+    adalora, bitfit, boft, diffprune, dora, fourierft, houlsby, ia3, laplace, llama_adapter, ln_tuning, loha, lokr,
+    lora, mpt, oft, poly, prefix, prompt, ptuning, qlora, vblora, vera, xlora,
 )  # fmt: skip
 from qtjax.overlays.base import (
     METHODS, Method, Overlay, abstract_overlay, field_names, init_overlay, method_named, overlay_axes, register,
@@ -10,6 +10,7 @@ from qtjax.overlays.base import (
 from qtjax.overlays.merge import merge
 
 register("lora", lora.METHOD)
+register("qlora", qlora.METHOD)
 register("dora", dora.METHOD)
 register("adalora", adalora.METHOD)
 register("loha", loha.METHOD)
@@ -31,6 +32,7 @@ register("ptuning", ptuning.METHOD)
 register("mpt", mpt.METHOD)
 register("prefix", prefix.METHOD)
 register("llama_adapter", llama_adapter.METHOD)
+register("laplace", laplace.METHOD)
 
 __all__ = [
     "METHODS", "Method", "Overlay", "abstract_overlay", "field_names", "init_overlay", "merge", "method_named", "overlay_axes",

@@ -309,7 +309,7 @@ METHOD = Method(
     start=start,
     expand=_expand,
     to_peft=lora_to_peft,
-    claims=claims("LORA", use_dora=False),
+    claims=claims("LORA", use_dora=False, qtjax_method=False),
     linears=linears_of,
     draws=lambda spec: spec.fields.lora_dropout > 0,
     complete=complete,

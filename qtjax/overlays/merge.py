@@ -1,5 +1,6 @@
 """Folding an overlay into the base weights: the same records that the forward pass applies, applied once and for all."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,8 +22,8 @@ def merge(
     """The model with the overlay folded into its weights, in float32, then cast to the leaf's dtype.
 
     Args: task_id: which task, for methods that choose by task.
-    Returns: (config, params); a new tree that shares every leaf that is not edited, sharded as the given one. Quantised
-      leaves that are edited come back in config.param_dtype. The config changes where the merge needs it: biases that
+    Returns: (config, params); a new tree that shares every leaf that is not edited, sharded as the given one. A quantised
+      base comes back as arrays in config.param_dtype, with config.quantization None. The config changes where the merge needs it: biases that
       the base has not, a head no longer tied to an edited embedding.
     Dropout plays no part. Raises QtjaxError for a method whose effect is no weight, and for an overlay that does not
     fit the tree.
@@ -42,7 +43,10 @@ def merge(
             leaves[f"{module}/weight"] = _norm(record, module, leaves.get(f"{module}/weight"))
         elif isinstance(record, LinearEdit):
             _fold_layers(config, leaves, module, record, shared.get(path))
-    config = _fold_ends(config, leaves, edits.tree)
+    for path, leaf in leaves.items():
+        if isinstance(leaf, models.Quantized):
+            leaves[path] = _unpack(leaf, config.param_dtype)
+    config = _fold_ends(config.replace(quantization=None), leaves, edits.tree)
     return _with_biases(config, leaves), unflatten(leaves)
 
 
@@ -84,6 +88,11 @@ def _fold_layers(config: models.ModelConfig, leaves: dict[str, Any], module: str
     leaves[f"{module}/kernel"] = kernel
     if bias is not None:
         leaves[f"{module}/bias"] = bias
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _unpack(leaf: models.Quantized, dtype: str) -> Array:
+    return jax.lax.map(lambda layer: layer.dequantize(dtype), leaf)
 
 
 def _fold_ends(config: models.ModelConfig, leaves: dict[str, Any], tree: Tree) -> models.ModelConfig:

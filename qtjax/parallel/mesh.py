@@ -58,6 +58,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def mesh_axis(name: str | None) -> str | None:
+    """The mesh axis that a logical axis is cut along, None for one that stays whole."""
+    return _RULES[name]
+
+
 def tree_shardings(mesh: Mesh, axes: Tree, shapes: Tree) -> Tree:
     """NamedSharding per leaf from its logical axis names.
 

@@ -55,8 +55,9 @@ def open_model(model: ModelSection, checkpoint: str = "", *, adapter: str = "", 
         base, template = run.model.path, run.data.chat_template
     else:
         config, params = load_pretrained(
-            base, model.dtype, mesh=mesh, param_dtype=model.param_dtype, random_init=model.random_init and not checkpoint
-        )
+            base, model.dtype, mesh=mesh, param_dtype=model.param_dtype, random_init=model.random_init and not checkpoint,
+            quantization=None if model.quantization == "none" else model.quantization,
+        )  # fmt: skip
     if adapter:
         if overlay is not None:
             raise QtjaxError(f"{checkpoint}: this run trained an adapter of its own; a second one cannot be put over it")

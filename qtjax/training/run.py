@@ -135,6 +135,11 @@ def _check_fit(config: Config, shape: ModelConfig) -> None:
                 f"data.task_column = '': {config.overlay.method} is set up for {overlay.tasks} tasks; name the column that says each row's"
                 " task, or set up one task"
             )
+    if config.overlay.method == "none" and config.model.quantization != "none":
+        raise QtjaxError(
+            f"model.quantization = {config.model.quantization!r}: full-parameter training cannot update quantised kernels; set it"
+            " to none, or train an overlay (overlay.method lora or qlora)"
+        )
     if config.overlay.method == "none" and config.model.param_dtype != "float32":
         raise QtjaxError(
             f"model.param_dtype = {config.model.param_dtype!r}: full-parameter training keeps float32 parameters, since small"
