@@ -61,6 +61,7 @@ class DataSection:
     task_column: str = knob("", "column that says a row's task, for overlays that tell tasks apart (poly, mpt); empty: one task")
     task_names: str = knob("", "the tasks' names in the order of their ids, comma-separated; empty: the column holds ids 0, 1, ...")
     max_length: int = knob(512, "tokens a sample may have; longer answers are cut and counted", rule=">1")
+    part: str = knob("", "'2/3': train on the second of three interleaved parts of the rows; empty: on all")
     max_samples: int = knob(0, "use only the first so many rows; 0: all", rule=">=0")
 
 
@@ -178,6 +179,10 @@ def validate(config: Config) -> Config:
             if type(value) is not f.type:
                 raise QtjaxError(f"{name} = {value!r}: must be {KINDS[f.type]}, is {type(value).__name__}")
             _check(name, value, f.metadata)
+    if config.data.part:
+        part, _, parts = config.data.part.partition("/")
+        if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+            raise QtjaxError(f"data.part = {config.data.part!r}: must be k/n with 1 <= k <= n, for example 2/3")
     if config.train.row_length and config.train.row_length < config.data.max_length:
         raise QtjaxError(
             f"train.row_length = {config.train.row_length}: must be at least data.max_length ="

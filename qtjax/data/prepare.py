@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from qtjax.config import DataSection
 from qtjax.data.dataset import TokenizedDataset
 from qtjax.data.iterate import hold_out
@@ -16,6 +18,9 @@ def training_rows(data: DataSection) -> Rows:
     rows = _source(data, data.path, data.split)
     if not data.eval_path and data.eval_fraction:
         rows = rows.select(hold_out(len(rows), data.eval_fraction)[0])
+    if data.part:
+        part, parts = map(int, data.part.split("/"))
+        rows = rows.select(np.arange(part - 1, len(rows), parts))
     return rows[: data.max_samples] if data.max_samples else rows
 
 

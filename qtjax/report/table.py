@@ -13,6 +13,8 @@ then left out:
     fill         float   real tokens / slots launched in training, 0-1
     evaluation   {"samples": int, "generated": int,                        held-out samples: loss, exact match
                   "base" | "after" | "full_data": {"loss": nats per token, "exact_match": 0-1 or null}}
+    calibration  {"rows", "classes": int, "prior_precision": float, "before" | "after": {"calibration_error", "accuracy": 0-1,
+                  "nll": nats per prompt}} or null    Laplace-LoRA: the first answer token, without and with the posterior
     seconds      {"scoring", "packing", "training": float, "total": float}    wall clock; the rest of total is "other"
     speed_up     {"value": float, "full_data_seconds", "pruned_seconds": float, "how": str}
     provenance   {name: {"seen": int, "kept": int}}     how rows came about, if the data say so; counted over all steps
@@ -50,7 +52,7 @@ class Block:
 
 def blocks(summary: Mapping[str, Any]) -> list[Block]:
     """The tables of a summary, in reading order."""
-    made = [_held_out(summary), _kept(summary), _time(summary), _provenance(summary)]
+    made = [_held_out(summary), _calibration(summary), _kept(summary), _time(summary), _provenance(summary)]
     return [block for block in made if block and block.rows]
 
 
@@ -124,6 +126,23 @@ def _held_out(summary: Mapping[str, Any]) -> Block | None:
     if note and evaluation.get("generated"):
         note += f", {evaluation['generated']:,} of them answered for exact match"
     return Block("Held-out data", ("", *(name for name, _ in named)), rows, note + "." if note else "")
+
+
+def _calibration(summary: Mapping[str, Any]) -> Block | None:
+    found = summary.get("calibration") or {}
+    if not found:
+        return None
+    before, after = found["before"], found["after"]
+    rows = [
+        ("calibration error", _percent(before["calibration_error"]), _percent(after["calibration_error"])),
+        ("accuracy", _percent(before["accuracy"]), _percent(after["accuracy"])),
+        ("nll (nats per prompt)", _number(before["nll"], ".4f"), _number(after["nll"], ".4f")),
+    ]
+    note = (
+        f"First token of the answer to {found['rows']:,} held-out prompts, {found['classes']} classes; prior precision"
+        f" {found['prior_precision']:.3g}, by evidence."
+    )
+    return Block("Calibration", ("", "trained weights", "posterior"), rows, note)
 
 
 def _kept(summary: Mapping[str, Any]) -> Block | None:

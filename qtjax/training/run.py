@@ -25,7 +25,6 @@ from qtjax.data.prepare import training_data
 from qtjax.data.tokenizer import check_vocabulary, load_tokenizer
 from qtjax.errors import QtjaxError
 from qtjax.models import ModelConfig, check_task_ids
-from qtjax.overlays import abstract_overlay
 from qtjax.parallel import batch_size, make_mesh, round_up
 from qtjax.report.progress import TrainingProgress
 from qtjax.training.ladder import ladder
@@ -33,7 +32,7 @@ from qtjax.training.loop import Loop
 from qtjax.training.optimizer import learning_rate_schedule
 from qtjax.training.programs import Programs
 from qtjax.training.run_folder import RunFolder
-from qtjax.training.setup import Model, checkpoint_tree, from_checkpoint, load_model, overlay_fields, start
+from qtjax.training.setup import Model, check_overlay, checkpoint_tree, from_checkpoint, load_model, start
 from qtjax.tree import Tree
 
 
@@ -129,7 +128,7 @@ def _check_fit(config: Config, shape: ModelConfig) -> None:
             f" {shape.max_position_embeddings} positions (max_position_embeddings); lower it to that"
         )
     if config.overlay.method != "none":  # a mistake in the overlay's settings costs nothing yet
-        overlay = abstract_overlay(config.overlay.method, shape, **overlay_fields(config.overlay, 1))
+        overlay = check_overlay(config, shape)
         if overlay.tasks > 1 and not config.data.task_column:
             raise QtjaxError(
                 f"data.task_column = '': {config.overlay.method} is set up for {overlay.tasks} tasks; name the column that says each row's"
@@ -150,7 +149,7 @@ def _check_fit(config: Config, shape: ModelConfig) -> None:
 def check_tasks(config: Config, shape: ModelConfig, dataset: TokenizedDataset) -> None:
     """Raises QtjaxError when the data hold a task that the overlay has no place for."""
     if config.overlay.method != "none":
-        overlay = abstract_overlay(config.overlay.method, shape, **overlay_fields(config.overlay, 1))
+        overlay = check_overlay(config, shape)
         check_task_ids(overlay.tasks, dataset.task_ids, dataset.task_ids.shape)
 
 

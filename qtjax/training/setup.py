@@ -3,16 +3,17 @@
 import json
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from qtjax import models
-from qtjax.checkpoints import load_pretrained
+from qtjax.checkpoints import load_adapter, load_pretrained
 from qtjax.config import Config, OverlaySection
 from qtjax.errors import QtjaxError, near_names
-from qtjax.overlays import Overlay, field_names, init_overlay
+from qtjax.overlays import Overlay, abstract_overlay, field_names, init_overlay, method_named
 from qtjax.training.optimizer import make_optimizer
 from qtjax.training.state import Subject, TrainState, init_state
 from qtjax.tree import Tree
@@ -31,7 +32,10 @@ class Model:
 
 
 def load_model(config: Config, mesh: Mesh, total_steps: int = 1) -> Model:
-    """Checkpoint and overlay of a config, on the mesh; total_steps: for methods whose schedule counts them. Raises QtjaxError as load_pretrained and init_overlay do."""
+    """Checkpoint and overlay of a config, on the mesh.
+
+    Args: total_steps: for overlays whose schedule counts them. Raises QtjaxError as load_pretrained and init_overlay do.
+    """
     m = config.model
     key = jax.random.key(config.train.seed)
     model_config, params = load_pretrained(
@@ -50,7 +54,31 @@ def new_overlay(
     method = config.overlay.method
     if method == "none":
         return None
-    return init_overlay(method, model_config, params, key, **overlay_fields(config.overlay, total_steps))
+    fields = overlay_fields(config.overlay, total_steps)
+    if method_named(method).in_parts:
+        fields["adapters"] = [load_adapter(path, model_config, params) for path in expert_folders(config)]
+    return init_overlay(method, model_config, params, key, **fields)
+
+
+def check_overlay(config: Config, shape: models.ModelConfig) -> Overlay:
+    """The config's overlay with shapes only. Raises QtjaxError for a mistake in its settings, before anything is loaded."""
+    fields = overlay_fields(config.overlay, 1)
+    if method_named(config.overlay.method).in_parts:
+        fields["adapters"] = len(expert_folders(config))
+    return abstract_overlay(config.overlay.method, shape, **fields)
+
+
+def expert_folders(config: Config) -> list[str]:
+    """The folders of the adapters that the overlay is made of: those that overlay.fields lists (adapters=["a","b"]), or
+    those that the run trains first (adapters=N, 3 by itself)."""
+    given = own_settings(config.overlay.fields).get("adapters", 3)
+    if isinstance(given, list) and given and all(isinstance(path, str) for path in given):
+        return given
+    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+        raise QtjaxError(
+            f'overlay.fields: adapters = {given!r}: must be how many experts to train first, or their folders: adapters=["a","b"]'
+        )
+    return [str(Path(config.run.folder) / "experts" / str(i) / "model") for i in range(given)]
 
 
 def overlay_fields(section: OverlaySection, total_steps: int) -> dict[str, Any]:
@@ -61,15 +89,15 @@ def overlay_fields(section: OverlaySection, total_steps: int) -> dict[str, Any]:
     """
     known = field_names(section.method)
     given = {name: getattr(section, name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules")}
-    given = {name: value for name, value in given.items() if value} | _own_settings(section.fields)
+    given = {name: value for name, value in given.items() if value} | own_settings(section.fields)
     for name in given:
         if name not in known:
             raise QtjaxError(f"overlay: {section.method} has no field {name!r}{near_names(name, known)}; it has {', '.join(known)}")
     return ({"total_step": total_steps} if "total_step" in known else {}) | given
 
 
-def _own_settings(text: str) -> dict[str, Any]:
-    """'a=1 b=[2,3] c=text' -> {"a": 1, "b": [2, 3], "c": "text"}."""
+def own_settings(text: str) -> dict[str, Any]:
+    """overlay.fields: 'a=1 b=[2,3] c=text' -> {"a": 1, "b": [2, 3], "c": "text"}."""
     out = {}
     for part in shlex.split(text, posix=False):
         name, equals, value = part.partition("=")
@@ -113,4 +141,7 @@ def _plain(optimizer_state: Any) -> list[Any]:
     return jax.tree.leaves(optimizer_state)
 
 
-__all__ = ["Model", "checkpoint_tree", "from_checkpoint", "load_model", "new_overlay", "overlay_fields", "split", "start"]
+__all__ = [
+    "Model", "check_overlay", "checkpoint_tree", "expert_folders", "from_checkpoint", "load_model", "new_overlay", "overlay_fields",
+    "own_settings", "split", "start",
+]  # fmt: skip

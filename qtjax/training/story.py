@@ -16,12 +16,20 @@ from qtjax.checkpoints import save_adapter, save_pretrained
 from qtjax.config import Config
 from qtjax.data.prepare import training_rows
 from qtjax.errors import QtjaxError
+from qtjax.overlays import Overlay
 from qtjax.report.pictures import draw_run
 from qtjax.report.table import summary_table
 from qtjax.report.totals import totals
+from qtjax.training.calibration import calibrate
+from qtjax.training.experts import missing_experts, train_experts
 from qtjax.training.full_data import time_full_data
 from qtjax.training.run import Session, open_session, train_steps
 from qtjax.training.run_folder import RunFolder
+from qtjax.tree import Tree
+
+
+# What a method does once its training is over: (config, params, overlay, training data, held-out data) -> (overlay, summary).
+AFTER_TRAINING = {"laplace": calibrate}
 
 
 def run(config: Config, console: Console, *, quiet: bool = False) -> dict[str, Any]:
@@ -44,12 +52,19 @@ def run(config: Config, console: Console, *, quiet: bool = False) -> dict[str, A
 
 
 def _train(config: Config, folder: RunFolder, console: Console, begin: float, quiet: bool) -> dict[str, Any]:
+    if missing_experts(config):
+        train_experts(config, console, lambda expert: _finish(expert, console, quiet))
     session = open_session(config, folder, console)
     base = _base_evaluation(session, folder)
     train_steps(session, folder, quiet=quiet)
     after = _evaluate(session)
+    params, overlay = session.model.subject.join(session.loop.state.trainable, session.loop.frozen)
+    calibration = None
+    if config.overlay.method in AFTER_TRAINING and session.held_out is not None:
+        finish = AFTER_TRAINING[config.overlay.method]
+        overlay, calibration = finish(session.model.config, params, overlay, session.dataset, session.held_out.dataset)
     if config.run.export:
-        export(session, folder)
+        export(session, folder, params, overlay)
     steps = folder.read_metrics()
     summary = {"title": _title(config), "policy": config.prune.policy, **totals(steps)}
     summary["evaluation"] = _evaluation(session.held_out, base, after)
@@ -57,6 +72,7 @@ def _train(config: Config, folder: RunFolder, console: Console, begin: float, qu
     summary["data"] = {
         "samples": len(session.dataset), "cut": session.dataset.stats.cut, "skipped": dict(session.dataset.stats.skipped)
     }  # fmt: skip
+    summary["calibration"] = calibration
     summary["provenance"] = _provenance(session, folder)
     summary["model_folder"] = str(folder.model) if config.run.export else None
     summary["seconds"]["total"] = _wall_clock(folder, begin)
@@ -69,9 +85,15 @@ def _train(config: Config, folder: RunFolder, console: Console, begin: float, qu
     return summary
 
 
-def export(session: Session, folder: RunFolder) -> None:
+def _finish(config: Config, console: Console, quiet: bool) -> None:
+    """A run inside another one, to its end."""
+    with RunFolder.open(config, writes=jax.process_index() == 0) as folder:
+        if not folder.finished:
+            _train(config, folder, console, time.perf_counter(), quiet)
+
+
+def export(session: Session, folder: RunFolder, params: Tree, overlay: Overlay | None) -> None:
     """The trained model as an HF folder, or the adapter as a PEFT folder, in <run folder>/model."""
-    params, overlay = session.model.subject.join(session.loop.state.trainable, session.loop.frozen)
     if overlay is None:
         save_pretrained(folder.model, session.model.config, params, tokenizer_from=session.config.model.path)
         save_template(folder.model, session.config)
@@ -175,7 +197,7 @@ def _title(config: Config) -> str:
     how = "full data" if config.prune.sample_pruner == "none" else (
         f"Q-Tuning {100 * config.prune.sample_keep:g} % x {100 * config.prune.token_keep:g} %"
     )  # fmt: skip
-    method = "" if config.overlay.method == "none" else f", {config.overlay.method.upper()}"
+    method = "" if config.overlay.method == "none" else f", {config.overlay.method}"
     return f"{name} on {data}, {how}{method}"
 
 

@@ -1,0 +1,36 @@
+"""X-LoRA's experts: adapters that a run trains before the overlay that mixes them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from qtjax.config import Config, override
+from qtjax.overlays import method_named
+from qtjax.training.setup import expert_folders, own_settings
+
+
+def missing_experts(config: Config) -> list[Path]:
+    """The run's own experts that are not trained yet; [] for an overlay that is not made of other adapters."""
+    if config.overlay.method == "none" or not method_named(config.overlay.method).in_parts:
+        return []
+    inside = Path(config.run.folder)
+    return [Path(path) for path in expert_folders(config) if Path(path).is_relative_to(inside) and not Path(path).is_dir()]
+
+
+def train_experts(config: Config, console: Console, train: Callable[[Config], Any]) -> None:
+    """Trains them one after another, LoRA on every N-th row each, as runs of their own in <run folder>/experts; resumes.
+
+    Args: train(config): runs an experiment to its end and exports its adapter.
+    """
+    count, r = len(expert_folders(config)), own_settings(config.overlay.fields).get("r", config.overlay.r)
+    for path in missing_experts(config):
+        number = int(path.parent.name) + 1
+        console.print(f"expert  {number} of {count}: LoRA on every {count}. row", highlight=False)
+        changes = {
+            "overlay.method": "lora", "overlay.fields": "", "overlay.r": r, "data.part": f"{number}/{count}",
+            "run.folder": str(path.parent), "run.export": True, "run.tensorboard": False, "train.compare_full_data": 0,
+            "eval.generate_samples": 0,
+        }  # fmt: skip
+        train(override(config, changes))
