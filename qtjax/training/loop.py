@@ -18,12 +18,13 @@ from qtjax.data.dataset import TokenizedDataset
 from qtjax.data.iterate import BatchPlan
 from qtjax.errors import QtjaxError
 from qtjax.parallel import agree_sums, all_rows, local_rows, replicated, rows_on_device
-from qtjax.training.batch import Microbatch, ScoringBatch, microbatches, read_batch, survivors, to_samples, whole_samples
+from qtjax.training.batch import Microbatch, ScoringBatch, microbatches, read_batch, survivors, whole_samples
 from qtjax.training.programs import Programs
 from qtjax.training.state import TrainState
 from qtjax.training.step import Decision
 from qtjax.tree import Tree
 
+Scores = tuple[jax.Array, jax.Array]  # token nll, entropy
 # Where a step's seconds go.
 CLOCKS = ("score", "pack", "train")
 
@@ -87,19 +88,30 @@ class Loop:
         self._next = (step + 1, self._thread.submit(self.prepare, step + 1)) if step + 1 < last else None
         return prepared
 
+    def token_scores(self, prepared: Prepared) -> Scores:
+        """Token nll and entropy [N, T] of the global batch under the current weights: launched, not waited for.
+
+        They stay on the device all the way to the decision: by way of the host, the decision could only be launched once
+        they are there, behind whatever was launched in the meantime.
+        """
+        scores = self.programs.unscored()
+        first = jax.process_index() * self.samples
+        for part in prepared.scoring:
+            rows = rows_on_device(self.mesh, part.rows)
+            own = self.programs.score[part.size](self.state.trainable, self.frozen, rows)
+            sample = np.where(part.sample < 0, -1, part.sample + first).astype(np.int32)
+            where = rows_on_device(self.mesh, {"sample": sample})["sample"]
+            scores = self.programs.place[part.size](*scores, *own, where, rows["position_ids"])
+        return scores
+
+    def decide(self, batch: ScoringBatch, scores: Scores) -> Decision:
+        """Both stages over the global batch; launched, not waited for."""
+        masks = rows_on_device(self.mesh, {"targets": batch.targets, "closing": batch.closing, "valid": batch.valid})
+        return self.programs.decide(*scores, *masks.values())
+
     def score(self, prepared: Prepared) -> Decision:
         """EU scores of every sample under the current weights, then both stages, over the global batch."""
-        launched = [
-            self.programs.score[part.size](self.state.trainable, self.frozen, rows_on_device(self.mesh, part.rows))
-            for part in prepared.scoring
-        ]
-        tokens = [[local_rows(self.mesh, pair[i]) for pair in launched] for i in (0, 1)]
-        nll, entropy = (to_samples(prepared.batch, prepared.scoring, each) for each in tokens)
-        batch = prepared.batch
-        on_device = rows_on_device(
-            self.mesh, {"nll": nll, "entropy": entropy, "t": batch.targets, "c": batch.closing, "v": batch.valid}
-        )
-        return self.programs.decide(*on_device.values())
+        return self.decide(prepared.batch, self.token_scores(prepared))
 
     def gradients(self, parts: list[Microbatch], step: int) -> tuple[Tree, jax.Array]:
         """Summed gradients and loss of a step's microbatches."""
