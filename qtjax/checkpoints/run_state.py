@@ -1,4 +1,5 @@
-"""Checkpoints of a run in progress (Orbax): arrays with their shardings, and a small JSON beside them.
+"""Checkpoints of a run in progress (Orbax): arrays with their shardings, a small JSON beside them, and where the next step
+was begun (prune.score_lag) what it began with.
 
 Orbax writes into a temporary folder and renames it, so a checkpoint is whole or absent. A folder that looks like a
 checkpoint and cannot be read (truncated file, empty folder) is skipped in favour of the one before it, and said.
@@ -6,6 +7,7 @@ checkpoint and cannot be read (truncated file, empty folder) is skipped in favou
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +20,14 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save o
 
 
 class Restored(NamedTuple):
-    """step: optimizer steps done; state: the tree asked for; meta: the JSON saved with it; skipped: unreadable steps."""
+    """step: optimizer steps done; state: the tree asked for; meta: the JSON saved with it; skipped: unreadable steps;
+    pending: the tree that was asked for beside the state, None if none was."""
 
     step: int
     state: Any
     meta: dict[str, Any]
     skipped: list[int]
+    pending: Any = None
 
 
 class RunState:
@@ -36,17 +40,20 @@ class RunState:
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=True, create=True)
-        return ocp.CheckpointManager(self.folder, options=options, item_names=("state", "meta"))
+        return ocp.CheckpointManager(self.folder, options=options, item_names=("state", "meta", "pending"))
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, meta: dict[str, Any], pending: Any = None) -> None:
         """Writes in the background; the previous save is waited for first.
 
+        Args: pending: a tree kept apart from the state, so that readers of the model need not know of it; None: none.
         Raises QtjaxError when the disk refuses; checkpoints written before stay whole.
         """
         try:
             self.wait()
-            arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-            self._manager.save(step, args=arguments)
+            items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
+            if pending is not None:
+                items["pending"] = ocp.args.StandardSave(pending)
+            self._manager.save(step, args=ocp.args.Composite(**items))
         except (OSError, ValueError, RuntimeError) as error:
             raise _refused(self.folder, step, error) from error
 
@@ -60,10 +67,11 @@ class RunState:
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
-    def restore(self, target: Any) -> Restored | None:
+    def restore(self, target: Any, pending: Callable[[int], Any] = lambda step: None) -> Restored | None:
         """The newest readable checkpoint, or None if there is none.
 
         Args: target: a tree of arrays or jax.ShapeDtypeStruct with shardings; its structure and shapes must match.
+          pending: such a tree for what was saved beside the state of a step, None where nothing is wanted.
         Raises QtjaxError when there are checkpoints and none can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -71,8 +79,10 @@ class RunState:
         reason = ""
         for step in steps:
             try:
-                arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
-                found = self._manager.restore(step, args=arguments)
+                items = {"state": ocp.args.StandardRestore(target), "meta": ocp.args.JsonRestore()}
+                if (beside := pending(step)) is not None:
+                    items["pending"] = ocp.args.StandardRestore(beside)
+                found = self._manager.restore(step, args=ocp.args.Composite(**items))
             except Exception as error:  # noqa: BLE001 - a damaged file raises whatever its reader raises
                 reason = " ".join(str(error).split())[:160]
                 skipped.append(step)
@@ -80,7 +90,7 @@ class RunState:
             if found.meta is None or found.state is None:
                 skipped.append(step)
                 continue
-            return Restored(step, found.state, found.meta, skipped)
+            return Restored(step, found.state, found.meta, skipped, found.pending if beside is not None else None)
         if skipped:
             raise QtjaxError(
                 f"{self.folder}: none of the checkpoints of steps {', '.join(map(str, sorted(skipped)))} can be read"

@@ -46,6 +46,14 @@ class Microbatch:
         return int((self.sample >= 0).sum())
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What needs no weights: read and packed ahead of time, in a thread."""
+
+    batch: ScoringBatch
+    scoring: list[Microbatch]
+
+
 def read_batch(dataset, indices: np.ndarray, length: int) -> ScoringBatch:
     """Copies the samples `indices` (-1: none) of a TokenizedDataset side by side."""
     count = len(indices)
