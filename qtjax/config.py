@@ -79,6 +79,7 @@ class PruneSection:
     neighbor_weight: float = knob(0.5, "lambda of eq. 7, fraction (0-1)", rule="[0,1]")
     neighbors: str = knob("sum", "eq. 7's neighbour term, or the figure caption's average", choices=("sum", "mean"))
     protect_eos: bool = knob(False, "never prune the token that closes an answer")
+    score_lag: int = knob(0, "optimizer steps by which the scoring weights are old: 0 exact, 1 lets scoring overlap training", rule="0 or 1")
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ _RULES: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
     "(0,1]": (lambda v: 0 < v <= 1, "is a fraction above 0 and at most 1"),
     "[0,1]": (lambda v: 0 <= v <= 1, "is a fraction from 0 to 1"),
     "[0,1)": (lambda v: 0 <= v < 1, "is a fraction from 0 to below 1"),
+    "0 or 1": (lambda v: v in (0, 1), "must be 0 or 1"),
     "1..4": (lambda v: 1 <= v <= 4, "must be 1, 2, 3 or 4"),
     "-1 or >0": (lambda v: v == -1 or v > 0, "must be -1 or above 0"),
 }

@@ -45,6 +45,8 @@ def test_overrides_are_typed_by_field(file):
         (["--train.row-length", "64", "--data.max-length", "128"], "train.row_length = 64: must be at least data.max_length"),
         (["--train.epochs", "inf"], "train.epochs = inf: must be a finite number"),
         (["--train.learning-rate", "-1e-4"], "train.learning_rate = -0.0001: must be above 0"),
+        (["--prune.score-lag", "2"], "prune.score_lag = 2: must be 0 or 1"),
+        (["--prune.score-lag", "-1"], "prune.score_lag = -1: must be 0 or 1"),
         (["stray"], "stray: no such flag"),
     ],
 )

@@ -1,4 +1,5 @@
-"""Checkpoints of a run in progress (Orbax): arrays with their shardings, and a small JSON beside them.
+"""Checkpoints of a run in progress (Orbax): arrays with their shardings, a small JSON beside them, and where the next step
+was begun (prune.score_lag) what it began with.
 
 Orbax writes into a temporary folder and renames it, so a checkpoint is whole or absent. A folder that looks like a
 checkpoint and cannot be read (truncated file, empty folder) is skipped in favour of the one before it, and said.
@@ -7,7 +8,7 @@ checkpoint and cannot be read (truncated file, empty folder) is skipped in favou
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +22,14 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Restored(NamedTuple):
-    """step: optimizer steps done; state: the tree asked for; meta: the JSON saved with it; skipped: unreadable steps."""
+    """step: optimizer steps done; state: the tree asked for; meta: the JSON saved with it; skipped: unreadable steps;
+    pending: the tree that was asked for beside the state, None if none was."""
 
     step: int
     state: Any
     meta: dict[str, Any]
     skipped: list[int]
+    pending: Any = None
 
 
 class RunState:
@@ -41,7 +44,7 @@ class RunState:
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=True, create=True)
-        return ocp.CheckpointManager(self.folder, options=options, item_names=("state", "meta"))
+        return ocp.CheckpointManager(self.folder, options=options, item_names=("state", "meta", "pending"))
 
     def _sound(self) -> ocp.CheckpointManager:
         """The manager; after a failed save a fresh one, since the old one raises that failure again at the next restore."""
@@ -69,17 +72,20 @@ class RunState:
                 " permissions there and run the same command again: it continues from the last whole checkpoint"
             ) from error
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, meta: dict[str, Any], pending: Any = None) -> None:
         """Writes in the background; the previous save is waited for first.
 
+        Args: pending: a tree kept apart from the state, so that readers of the model need not know of it; None: none.
         Raises QtjaxError when the disk refuses this save or the previous one; checkpoints written before stay whole, and
         with space again the next save goes through.
         """
         self.wait()
         self._writing = step
-        arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
+        items = {"state": ocp.args.PyTreeSave(state), "meta": ocp.args.JsonSave(meta)}
+        if pending is not None:
+            items["pending"] = ocp.args.PyTreeSave(pending)
         with self._refusals():
-            self._sound().save(step, args=arguments)
+            self._sound().save(step, args=ocp.args.Composite(**items))
 
     def wait(self) -> None:
         """Returns when the last save is on disk. Raises QtjaxError, once, if it could not be written."""
@@ -91,25 +97,28 @@ class RunState:
         """The newest step that stands on the disk, None if there is none."""
         return self._sound().latest_step()
 
-    def restore(self, target: Any, *, part: bool = False) -> Restored | None:
+    def restore(
+        self, target: Any, *, part: bool = False, pending: Callable[[int], Any] = lambda step: None
+    ) -> Restored | None:
         """The newest readable checkpoint, or None if there is none.
 
         Args:
           target: a tree of arrays or jax.ShapeDtypeStruct with shardings; its structure and shapes must match.
           part: the checkpoint may hold more than `target`, which is then neither read nor given memory.
+          pending: such a tree for what was saved beside the state of a step, None where nothing is wanted.
         Raises QtjaxError when there are checkpoints and none can be read.
         """
         manager = self._sound()
         steps = sorted(manager.all_steps(), reverse=True)
-        # Descriptions only: Orbax hands back what a partial restore does not find as it was asked for, and says nothing.
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target)
-        placed = ocp.checkpoint_utils.construct_restore_args(target)
-        state = ocp.args.PyTreeRestore(target, restore_args=placed, partial_restore=part)
+        state = _reading(target, part)
         skipped: list[int] = []
         reason = ""
         for step in steps:
             try:
-                found = manager.restore(step, args=ocp.args.Composite(state=state, meta=ocp.args.JsonRestore()))
+                items = {"state": state, "meta": ocp.args.JsonRestore()}
+                if (beside := pending(step)) is not None:
+                    items["pending"] = _reading(beside)
+                found = manager.restore(step, args=ocp.args.Composite(**items))
                 _check_whole(found.state)
             except Exception as error:  # noqa: BLE001 - a damaged file raises whatever its reader raises
                 reason = " ".join(str(error).split())[:160]
@@ -118,7 +127,7 @@ class RunState:
             if found.meta is None or found.state is None:
                 skipped.append(step)
                 continue
-            return Restored(step, found.state, found.meta, skipped)
+            return Restored(step, found.state, found.meta, skipped, found.pending if beside is not None else None)
         if skipped:
             raise QtjaxError(
                 f"{self.folder}: none of the checkpoints of steps {', '.join(map(str, sorted(skipped)))} can be read"
@@ -148,3 +157,11 @@ def _check_whole(state: Any) -> None:
     missing = [jax.tree_util.keystr(path) for path, x in jax.tree.leaves_with_path(state) if isinstance(x, jax.ShapeDtypeStruct)]
     if missing:
         raise ValueError(f"it has no {', '.join(missing[:3])}")
+
+
+def _reading(target: Any, part: bool = False) -> ocp.args.PyTreeRestore:
+    # Descriptions only: Orbax hands back what a partial restore does not find as it was asked for, and says nothing.
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target)
+    return ocp.args.PyTreeRestore(
+        target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=part
+    )

@@ -48,6 +48,14 @@ class Microbatch:
         return int((self.sample >= 0).sum())
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What needs no weights: read and packed ahead of time, in a thread."""
+
+    batch: ScoringBatch
+    scoring: list[Microbatch]
+
+
 def read_batch(dataset, indices: np.ndarray, length: int) -> ScoringBatch:
     """Copies the samples `indices` (-1: none) of a TokenizedDataset side by side."""
     count = len(indices)
@@ -113,12 +121,3 @@ def _for_device(packed: PackedRows) -> dict[str, np.ndarray]:
         "weights": packed.loss_mask.astype(np.float32),
         "task_ids": packed.task_ids,
     }
-
-
-def to_samples(batch: ScoringBatch, parts: Sequence[Microbatch], scores: Sequence[np.ndarray]) -> np.ndarray:
-    """Token scores of packed rows [R, L] back to their samples: float32 [N, T]. The samples must have been whole."""
-    out = np.zeros(batch.input_ids.shape, np.float32)
-    for part, values in zip(parts, scores):
-        real = part.sample >= 0
-        out[part.sample[real], part.rows["position_ids"][real]] = values[real]
-    return out

@@ -18,22 +18,34 @@ from qtjax.data.dataset import TokenizedDataset
 from qtjax.data.iterate import BatchPlan
 from qtjax.errors import QtjaxError
 from qtjax.parallel import agree_sums, all_rows, local_rows, replicated, rows_on_device
-from qtjax.training.batch import Microbatch, ScoringBatch, microbatches, read_batch, survivors, to_samples, whole_samples
+from qtjax.training.batch import Microbatch, Prepared, ScoringBatch, microbatches, read_batch, survivors, whole_samples
+from qtjax.training.counts import choices, count
 from qtjax.training.programs import Programs
 from qtjax.training.state import TrainState
 from qtjax.training.step import Decision
 from qtjax.tree import Tree
 
+Scores = tuple[jax.Array, jax.Array]  # token nll, entropy
 # Where a step's seconds go.
 CLOCKS = ("score", "pack", "train")
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What needs no weights: read and packed ahead of time, in a thread."""
+class Scored:
+    """A batch with its scores and decision launched, maybe not there yet; None without scoring."""
 
-    batch: ScoringBatch
-    scoring: list[Microbatch]
+    prepared: Prepared
+    scores: Scores | None
+    decision: Decision | None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a step trains on: the survivors packed, and what all hosts together counted."""
+
+    scored: Scored
+    parts: list[Microbatch]
+    counts: dict[str, int]
 
 
 class Loop:
@@ -59,10 +71,12 @@ class Loop:
         self.config, self.mesh, self.dataset, self.plan, self.programs = config, mesh, dataset, plan, programs
         self.state, self.frozen, self.shapes, self.row_length, self.schedule = state, frozen, shapes, row_length, schedule
         self.prunes = config.prune.sample_pruner != "none"
+        self.lag = config.prune.score_lag if self.prunes else 0
         self.samples = self._padded(plan.batch_size // plan.process_count)
         self.key = jax.random.key(config.train.seed)
         self._thread = ThreadPoolExecutor(1)
         self._next: tuple[int, Future] | None = None
+        self.following: Chosen | None = None  # the next step's work, chosen on older weights
 
     def _padded(self, count: int) -> int:
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"] // jax.process_count() or 1
@@ -87,19 +101,30 @@ class Loop:
         self._next = (step + 1, self._thread.submit(self.prepare, step + 1)) if step + 1 < last else None
         return prepared
 
+    def token_scores(self, prepared: Prepared) -> Scores:
+        """Token nll and entropy [N, T] of the global batch under the current weights: launched, not waited for.
+
+        They stay on the device all the way to the decision: by way of the host, the decision could only be launched once
+        they are there, behind whatever was launched in the meantime.
+        """
+        scores = self.programs.unscored()
+        first = jax.process_index() * self.samples
+        for part in prepared.scoring:
+            rows = rows_on_device(self.mesh, part.rows)
+            own = self.programs.score[part.size](self.state.trainable, self.frozen, rows)
+            sample = np.where(part.sample < 0, -1, part.sample + first)
+            where = rows_on_device(self.mesh, {"sample": sample})["sample"]
+            scores = self.programs.place[part.size](*scores, *own, where, rows["position_ids"])
+        return scores
+
+    def decide(self, batch: ScoringBatch, scores: Scores) -> Decision:
+        """Both stages over the global batch; launched, not waited for."""
+        masks = rows_on_device(self.mesh, {"targets": batch.targets, "closing": batch.closing, "valid": batch.valid})
+        return self.programs.decide(*scores, *masks.values())
+
     def score(self, prepared: Prepared) -> Decision:
         """EU scores of every sample under the current weights, then both stages, over the global batch."""
-        launched = [
-            self.programs.score[part.size](self.state.trainable, self.frozen, rows_on_device(self.mesh, part.rows))
-            for part in prepared.scoring
-        ]
-        tokens = [[local_rows(self.mesh, pair[i]) for pair in launched] for i in (0, 1)]
-        nll, entropy = (to_samples(prepared.batch, prepared.scoring, each) for each in tokens)
-        batch = prepared.batch
-        on_device = rows_on_device(
-            self.mesh, {"nll": nll, "entropy": entropy, "t": batch.targets, "c": batch.closing, "v": batch.valid}
-        )
-        return self.programs.decide(*on_device.values())
+        return self.decide(prepared.batch, self.token_scores(prepared))
 
     def gradients(self, parts: list[Microbatch], step: int) -> tuple[Tree, jax.Array]:
         """Summed gradients and loss of a step's microbatches."""
@@ -118,45 +143,93 @@ class Loop:
     def step(self, step: int, last: int) -> tuple[dict[str, Any], dict[str, np.ndarray] | None]:
         """Optimizer step number step + 1 (`step` done so far, `last` in all).
 
+        With prune.score_lag 1 the next batch is launched for scoring first, on the weights that this step is about to
+        update: the device has its decision before it is done training, and the host packs in the meantime.
         Returns: (metrics, EU record columns or None without scoring).
         Raises QtjaxError when the loss is not finite; the state is then not to be saved.
         """
         clock = _Clock()
-        prepared = self._prepared(step, last)
-        clock.lap("pack")
-        decision, columns = None, None
-        if self.prunes:
-            decision = jax.block_until_ready(self.score(prepared))
-            unusable = np.asarray(decision.count > 0) & np.isnan(np.asarray(decision.entropy))
-            if unusable.any():
-                raise _diverged(step, f"the scores of {unusable.sum()} samples are NaN")
-            tokens = local_rows(self.mesh, decision.tokens)
-            clock.lap("score")
-        else:
-            tokens = prepared.batch.targets
-        parts = self.pack(survivors(prepared.batch, tokens, self.config.prune))
-        counts = agree_sums(_counts(prepared, tokens, parts))
-        targets = counts["kept_tokens"]
-        clock.lap("pack")
-        norm, loss, penalty = 0.0, 0.0, {}
-        if targets:
-            total, loss_sum = self.gradients(parts, step)
-            divisor = jax.device_put(np.float32(targets), replicated(self.mesh))
-            self.state, measured = self.programs.update(self.state, total, divisor)
-            loss, norm = float(loss_sum) / targets, float(measured.pop("grad_norm"))
-            penalty = {name: float(value) for name, value in measured.items()}
-            if not (np.isfinite(loss) and np.isfinite(norm)):
-                raise _diverged(step, f"loss {loss}, gradient norm {norm}")
+        chosen, self.following = self.following, None
+        if chosen is None:
+            assert not (self.lag and step), f"step {step + 1}: the scores of the step before are gone"
+            chosen = self._choose(self._launch(step, last, clock), clock)
+        decision, counts = chosen.scored.decision, chosen.counts
+        _refuse_nan(step, decision)
+        ahead = self._launch(step + 1, last, clock) if self.lag and step + 1 < last else None
+        sums = self._train(chosen, step)
+        clock.lap("train")
+        if ahead:
+            self.following = self._choose(ahead, clock)
+        loss, measured = _finite_sums(step, sums, counts["kept_tokens"])
         clock.lap("train")
         metrics = {"step": step + 1, "epoch": step // self.plan.steps_per_epoch, "loss": loss}
-        metrics |= {"learning_rate": float(self.schedule(step)), "grad_norm": norm, "skipped": int(not targets)}
-        metrics |= penalty
-        metrics |= counts | _choices(decision, counts)
+        metrics |= {"learning_rate": float(self.schedule(step)), "skipped": int(sums is None)} | measured
+        metrics |= counts | choices(decision, counts)
         metrics["fill"] = counts["trained_tokens"] / counts["trained_slots"] if counts["trained_slots"] else 0.0
         metrics |= {f"seconds_{name}": clock.seconds[name] for name in CLOCKS}
-        if decision is not None:
-            columns = self._records(prepared.batch, decision, metrics["epoch"])
+        columns = None if decision is None else self._records(chosen.scored.prepared.batch, decision, metrics["epoch"])
         return metrics, columns
+
+    def _launch(self, step: int, last: int, clock: "_Clock") -> Scored:
+        """The batch of a step, its scoring launched on the weights as they are now."""
+        prepared = self._prepared(step, last)
+        clock.lap("pack")
+        if not self.prunes:
+            return Scored(prepared, None, None)
+        scores = self.token_scores(prepared)
+        scored = Scored(prepared, scores, self.decide(prepared.batch, scores))
+        clock.lap("score")
+        return scored
+
+    def _choose(self, scored: Scored, clock: "_Clock") -> Chosen:
+        """Waits for the decision and packs its survivors."""
+        batch, tokens = scored.prepared.batch, scored.prepared.batch.targets
+        if scored.decision is not None:
+            tokens = local_rows(self.mesh, jax.block_until_ready(scored.decision).tokens)
+            clock.lap("score")
+        parts = self.pack(survivors(batch, tokens, self.config.prune))
+        counts = agree_sums(count(scored.prepared, tokens, parts))
+        clock.lap("pack")
+        return Chosen(scored, parts, counts)
+
+    def _train(self, chosen: Chosen, step: int) -> tuple[jax.Array, dict[str, jax.Array]] | None:
+        """Launches gradients and update; (summed loss, what `update` measured), or None where there is no target."""
+        if not chosen.counts["kept_tokens"]:
+            return None
+        gradients, loss = self.gradients(chosen.parts, step)
+        divisor = jax.device_put(np.float32(chosen.counts["kept_tokens"]), replicated(self.mesh))
+        self.state, measured = self.programs.update(self.state, gradients, divisor)
+        return loss, measured
+
+    def pending(self) -> dict[str, jax.Array] | None:
+        """What a checkpoint needs beside the state with prune.score_lag 1: the next batch's token scores, float32 [B, T].
+
+        The weights that gave them are gone. Without the padding to the number of devices, so that any mesh can read them.
+        """
+        if self.following is None:
+            return None
+        own = self.plan.batch_size // self.plan.process_count
+        parts = (all_rows(local_rows(self.mesh, each)[:own]) for each in self.following.scored.scores)
+        return {name: jax.device_put(each, replicated(self.mesh)) for name, each in zip(("nll", "entropy"), parts)}
+
+    def pending_shape(self, step: int, last: int) -> dict[str, jax.ShapeDtypeStruct] | None:
+        """What `pending` holds after `step` of `last` steps."""
+        if not self.lag or step >= last:
+            return None
+        shape = (self.plan.batch_size, self.config.data.max_length)
+        return dict.fromkeys(("nll", "entropy"), jax.ShapeDtypeStruct(shape, np.float32, sharding=replicated(self.mesh)))
+
+    def resume(self, step: int, last: int, pending: dict[str, jax.Array] | None) -> None:
+        """Goes on after `step` steps with what `pending` gave then; `state` is set by the caller."""
+        if pending is None:
+            return
+        prepared, clock = self._prepared(step, last), _Clock()
+        own = self.plan.batch_size // self.plan.process_count
+        whole = {name: np.zeros(prepared.batch.targets.shape, np.float32) for name in pending}
+        for name, each in pending.items():
+            whole[name][:own] = np.asarray(each)[self.plan.process_index * own :][:own]
+        scores = tuple(rows_on_device(self.mesh, whole)[name] for name in ("nll", "entropy"))
+        self.following = self._choose(Scored(prepared, scores, self.decide(prepared.batch, scores)), clock)
 
     def _records(self, batch: ScoringBatch, decision: Decision, epoch: int) -> dict[str, Any]:
         """EU record columns of the global batch, padding as row -1."""
@@ -171,6 +244,12 @@ class Loop:
 
 
 class _Clock:
+    """The host's wall clock, cut at every change of what it does or waits for, so that the parts add up to the step.
+
+    With score_lag 1 the device trains while the host packs, or while it waits for the next batch's scores: time that
+    both share goes to packing or scoring, and "train" is what is left to wait for afterwards.
+    """
+
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(CLOCKS, 0.0)
         self._at = time.perf_counter()
@@ -181,36 +260,22 @@ class _Clock:
         self._at = now
 
 
-def _counts(prepared: Prepared, tokens: np.ndarray, parts: list[Microbatch]) -> dict[str, int]:
-    """What this process counts in a step: samples, targets, closing tokens of kept samples, tokens and slots launched."""
-    batch, kept = prepared.batch, tokens.any(axis=1)
-    closing = batch.closing & batch.targets & kept[:, None]
-    return {
-        "samples": int(batch.valid.sum()),
-        "kept_samples": int(kept.sum()),
-        "target_tokens": int(batch.targets.sum()),
-        "kept_tokens": int(tokens.sum()),
-        "closing_tokens": int(closing.sum()),
-        "closing_pruned": int((closing & ~tokens).sum()),
-        "scored_tokens": sum(part.tokens for part in prepared.scoring),
-        "trained_tokens": sum(part.tokens for part in parts),
-        "trained_slots": sum(part.sample.size for part in parts),
-    }
-
-
-def _choices(decision: Decision | None, counts: dict[str, int]) -> dict[str, Any]:
-    """What stage 1 chose over the global batch: eligible, kept per quadrant, supplement by median quadrant."""
+def _refuse_nan(step: int, decision: Decision | None) -> None:
     if decision is None:
-        return {"eligible": counts["samples"]}
-    keep, supplement, quadrant, median = (
-        np.asarray(x) for x in (decision.keep, decision.supplement, decision.quadrant, decision.median_quadrant)
-    )
-    placed = keep & ~supplement
-    out: dict[str, Any] = {"eligible": int((median > 0).sum()), "kept_samples": int(keep.sum())}
-    out |= {f"kept_q{q}": int((placed & (quadrant == q)).sum()) for q in (2, 3, 4)}
-    out["supplement"] = int(supplement.sum())
-    out |= {f"supplement_median_q{q}": int((supplement & (median == q)).sum()) for q in (1, 2, 3, 4)}
-    return out | {"level": _finite(decision.level), "spearman": _finite(decision.spearman)}
+        return
+    unusable = (np.asarray(decision.count) > 0) & np.isnan(np.asarray(decision.entropy))
+    if unusable.any():
+        raise _diverged(step, f"the scores of {unusable.sum()} samples are NaN")
+
+
+def _finite_sums(step: int, sums: tuple[jax.Array, dict[str, jax.Array]] | None, targets: int) -> tuple[float, dict[str, float]]:
+    """(mean loss, gradient norm and an overlay's penalty by name), waited for; zeros for a step that was skipped."""
+    if sums is None:
+        return 0.0, {"grad_norm": 0.0}
+    loss, measured = float(sums[0]) / targets, {name: float(value) for name, value in sums[1].items()}
+    if not np.isfinite([loss, *measured.values()]).all():
+        raise _diverged(step, f"loss {loss}, gradient norm {measured['grad_norm']}")
+    return loss, measured
 
 
 def _diverged(step: int, what: str) -> QtjaxError:
@@ -218,8 +283,3 @@ def _diverged(step: int, what: str) -> QtjaxError:
         f"step {step + 1}: {what}: training diverged, or the model overflows its dtype; the last checkpoint is whole. Try a"
         " lower train.learning_rate, train.clip_norm 1.0, more warm-up, or model.dtype float32"
     )
-
-
-def _finite(value: Any) -> float | None:
-    value = float(value)
-    return value if np.isfinite(value) else None

@@ -14,7 +14,7 @@ from qtjax.config import PruneSection
 from qtjax.parallel import batch_sharding, replicated
 from qtjax.training.score import score_rows
 from qtjax.training.state import Subject, TrainState, optimizer_shardings
-from qtjax.training.step import Decision, accumulate, decide, update
+from qtjax.training.step import Decision, accumulate, decide, place, update
 from qtjax.tree import Tree
 
 Shapes = Any  # a tree of jax.ShapeDtypeStruct
@@ -36,6 +36,7 @@ class Programs:
     """The compiled functions of the loop, by microbatch rows where that varies.
 
     score[rows](trainable, frozen, rows) -> token nll, entropy [rows, L]
+    unscored() -> token nll, entropy [N, T], all 0;  place[rows](nll, entropy, *scores of rows, sample, slot) -> the two
     decide(token_nll, token_entropy, targets, closing, valid) -> Decision
     zeros() -> (gradients, loss);  accumulate[rows](trainable, frozen, gradients, loss, rows, rng) -> (gradients, loss)
     update(state, gradients, targets) -> (state, metrics)
@@ -80,6 +81,13 @@ class Programs:
             )  # fmt: skip
         if prune.sample_pruner != "none":
             per_token = [jax.ShapeDtypeStruct((samples, max_length), d, sharding=by_row) for d in (jnp.float32, bool)]
+            job("unscored", lambda: (jnp.zeros((samples, max_length)),) * 2, out_shardings=by_row)
+            for rows in shapes:
+                slots = rows_shape(mesh, rows, row_length)
+                job(
+                    f"place {rows}", place, *per_token[:1] * 2, *[slots["weights"]] * 2, *[slots["position_ids"]] * 2,
+                    donate_argnums=(0, 1), out_shardings=by_row,
+                )  # fmt: skip
             out = Decision(*[everywhere] * len(Decision._fields))._replace(tokens=by_row)
             valid = jax.ShapeDtypeStruct((samples,), bool, sharding=by_row)
             real, flag = per_token
@@ -108,7 +116,8 @@ class Programs:
         self.uses_rng = uses_rng
         self.score = {rows: compiled[f"score {rows}"] for rows in shapes if f"score {rows}" in compiled}
         self.accumulate = {rows: compiled[f"accumulate {rows}"] for rows in shapes}
-        self.decide = compiled.get("decide")
+        self.place = {rows: compiled[f"place {rows}"] for rows in shapes if f"place {rows}" in compiled}
+        self.unscored, self.decide = compiled.get("unscored"), compiled.get("decide")
         self.zeros, self.update = compiled["zeros"], compiled["update"]
 
 

@@ -107,7 +107,7 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
         schedule=learning_rate_schedule(config.train, steps),
     )  # fmt: skip
     checkpoints = RunState(folder.checkpoints, config.train.keep_checkpoints)
-    step = _resume(loop, checkpoints, folder, dataset, console)
+    step = _resume(loop, steps, checkpoints, folder, dataset, console)
     seconds = {"load": loaded - begin, "compile": compiled - loaded}
     return Session(config, mesh, tokenizer, dataset, model, held_out, loop, checkpoints, step, steps, seconds)
 
@@ -169,8 +169,10 @@ def base_fingerprint(frozen: Tree) -> str:
     return hashlib.sha256(np.asarray(jax.tree.leaves(sums), np.float32).tobytes()).hexdigest()
 
 
-def _resume(loop: Loop, checkpoints: RunState, folder: RunFolder, dataset: TokenizedDataset, console: Console) -> int:
-    found = checkpoints.restore(checkpoint_tree(loop.state))
+def _resume(
+    loop: Loop, last: int, checkpoints: RunState, folder: RunFolder, dataset: TokenizedDataset, console: Console
+) -> int:
+    found = checkpoints.restore(checkpoint_tree(loop.state), pending=lambda step: loop.pending_shape(step, last))
     if found is None:
         folder.cut_back(0)
         return 0
@@ -187,6 +189,7 @@ def _resume(loop: Loop, checkpoints: RunState, folder: RunFolder, dataset: Token
             " ones back, or choose another run.folder"
         )
     loop.state = from_checkpoint(loop.state, found.state)
+    loop.resume(found.step, last, found.pending)
     folder.cut_back(found.step)
     checkpoints.forget(found.skipped)
     console.print(f"resume  from step {found.step}", highlight=False)
@@ -214,7 +217,7 @@ def train_steps(session: Session, folder: RunFolder, *, quiet: bool = False) -> 
             stopping = bool(stop)  # read once: a signal may come between two looks
             if session.step % every == 0 or session.step == last or stopping:
                 folder.flush()  # records first: a checkpoint never claims a step that they lack
-                session.checkpoints.save(session.step, checkpoint_tree(loop.state), meta)
+                session.checkpoints.save(session.step, checkpoint_tree(loop.state), meta, loop.pending())
             if stopping:
                 raise Interrupted(f"stopped after step {session.step} of {last}")
 

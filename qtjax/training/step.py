@@ -1,4 +1,4 @@
-"""The pure functions of one optimizer step: decide, accumulate gradients, update.
+"""The pure functions of one optimizer step: place scores, decide, accumulate gradients, update.
 
 B rows, L slots per row, N samples of the scoring batch, T slots per sample. Token arrays stand at the TARGET position:
 `weights[b, t]` belongs to `input_ids[b, t]`, which the hidden state at t - 1 predicts.
@@ -67,6 +67,15 @@ def decide(
         scores.perplexity, scores.entropy, scores.count, choice.keep, choice.quadrant, choice.median_quadrant,
         choice.supplement, tokens, tokens.sum(axis=1), choice.level, spearman(scores.perplexity, scores.entropy, valid),
     )  # fmt: skip
+
+
+def place(nll: Array, entropy: Array, row_nll: Array, row_entropy: Array, sample: Array, slot: Array) -> tuple[Array, Array]:
+    """Writes token scores of packed rows [R, L] to where their samples have them in nll and entropy [N, T].
+
+    Args: sample, slot int32 [R, L]: row and column in [N, T], the whole samples' own slots; sample -1: padding, left out.
+    """
+    sample = jnp.where(sample < 0, nll.shape[0], sample)  # past the end is dropped; -1 would be the last row
+    return nll.at[sample, slot].set(row_nll, mode="drop"), entropy.at[sample, slot].set(row_entropy, mode="drop")
 
 
 def loss_sum(subject: Subject, mesh: Mesh, trainable: Tree, frozen: Tree, rows: Rows, rng: Array | None) -> Array:

@@ -5,10 +5,13 @@ import json
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from qtjax import models
 from qtjax.checkpoints import save_pretrained
 from qtjax.config import Config, override, validate
+from qtjax.training.run import open_session
+from qtjax.training.run_folder import RunFolder
 
 WORDS = "red blue green one two three four cat dog bird sun moon tree house river stone".split()
 
@@ -53,3 +56,20 @@ def tiny_config(tiny_model, tiny_data, tmp_path):
         return validate(override(Config(), base | changes))
 
     return make
+
+
+@pytest.fixture
+def opened(tiny_config, tmp_path):
+    """open(**changes) -> Session; run folders are closed at the end."""
+    folders = []
+
+    def make(**changes):
+        config = tiny_config(**changes)
+        folder = RunFolder.open(config)
+        folders.append(folder)
+        return open_session(config, folder, Console(quiet=True))
+
+    make.root = tmp_path
+    yield make
+    for folder in folders:
+        folder.close()

@@ -5,35 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from rich.console import Console
 
 from qtjax import models
 from qtjax.errors import QtjaxError
 from qtjax.training.batch import microbatches, survivors, whole_samples
 from qtjax.training.ladder import cut, ladder
-from qtjax.training.run import open_session
-from qtjax.training.run_folder import RunFolder
 from qtjax.tree import flatten
-
-QUIET = Console(quiet=True)
-
-
-@pytest.fixture
-def opened(tiny_config, tmp_path):
-    """open(**changes) -> Session; run folders are closed at the end."""
-    folders = []
-
-    def make(**changes):
-        config = tiny_config(**changes)
-        folder = RunFolder.open(config)
-        folders.append(folder)
-        return open_session(config, folder, QUIET)
-
-    make.root = tmp_path
-    yield make
-    for folder in folders:
-        folder.close()
-
 
 def naive_loss_sum(config, params, batch, weights):
     """Sum of nll over weights, one sample a row, full logits, log_softmax."""
@@ -75,6 +52,21 @@ def test_packed_and_accumulated_gradients_are_those_of_one_plain_batch(opened):
     got, loss = loop.gradients(parts, 0)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     assert worst(got, gradient) < 1e-4
+
+
+def test_token_scores_stand_where_their_samples_have_them(opened):
+    """Every target's score in [N, T] is the one that the packed row gave it; all other slots are 0."""
+    loop = opened(**{"prune.batch_size": 20}).loop
+    prepared = loop.prepare(2)  # 8 samples and 12 of padding
+    expected = np.zeros((2, *prepared.batch.targets.shape), np.float32)
+    for part in prepared.scoring:
+        rows = {name: jnp.asarray(each) for name, each in part.rows.items()}
+        scores = loop.programs.score[part.size](loop.state.trainable, loop.frozen, rows)
+        for r, t in np.argwhere(part.sample >= 0):
+            for out, values in zip(expected, scores):
+                out[part.sample[r, t], part.rows["position_ids"][r, t]] = values[r, t]
+    np.testing.assert_array_equal(np.asarray(loop.token_scores(prepared)), expected)
+    assert ((expected != 0) == prepared.batch.targets).all()
 
 
 def test_cutting_after_the_last_kept_target_changes_no_gradient(opened):

@@ -83,6 +83,33 @@ def test_a_crashed_run_ends_bitwise_like_one_never_interrupted(tiny_config, tmp_
         story.run(other, QUIET, quiet=True)
 
 
+def test_a_crashed_run_with_lagged_scores_ends_bitwise_like_one_never_interrupted(tiny_config, tmp_path, monkeypatch):
+    """score_lag: the scores of the next batch travel in the checkpoint, since the weights that gave them are gone."""
+    lag = {"prune.score_lag": 1, "prune.batch_size": 20}
+    whole = tiny_config(**FAST, **lag, **{"run.folder": str(tmp_path / "whole")})
+    story.run(whole, QUIET, quiet=True)
+    reference = trail(whole.run.folder)
+    broken = tiny_config(**FAST, **lag, **{"run.folder": str(tmp_path / "broken")})
+    true_step = Loop.step
+    for crash_at in (1, 3, 5):  # before the first checkpoint, right after it (step 3), and between two
+
+        def step(self, number, last, crash_at=crash_at):
+            if number == crash_at:
+                raise Crash
+            return true_step(self, number, last)
+
+        monkeypatch.setattr(Loop, "step", step)
+        with pytest.raises(Crash):
+            story.run(broken, QUIET, quiet=True)
+    saved = Path(broken.run.folder) / "checkpoints"
+    assert [p.name for p in saved.iterdir() if (p / "pending").is_dir()] == ["3"]
+    assert load_run(broken.run.folder)[0] == broken  # exported or evaluated half-way, nobody asks what was pending
+    monkeypatch.setattr(Loop, "step", true_step)
+    story.run(broken, QUIET, quiet=True)
+    assert_same(broken.run.folder, reference)
+    assert not (saved / "6" / "pending").exists()  # the last step has no next batch
+
+
 def test_a_damaged_checkpoint_is_skipped_and_other_data_is_refused(tiny_config, tmp_path, monkeypatch):
     """A truncated or empty newest checkpoint falls back to the one before it; changed data is an error, not a mix."""
     config = tiny_config(**FAST, **{"train.checkpoint_every": 2})
