@@ -244,7 +244,8 @@ def _read_tensors(folder: Path, name: str = WEIGHTS) -> dict[str, np.ndarray]:
 
 def _check_dtypes(file: Path, tensors: Mapping[str, np.ndarray], expected: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     whole = {key for key, value in expected.items() if np.issubdtype(value.dtype, np.integer)}  # indices
-    odd = sorted(k for k, v in tensors.items() if v.dtype.name not in _FLOATS and not (k in whole and v.dtype.kind in "iu"))
+    fits = {k: v.dtype.kind in "iu" if k in whole else v.dtype.name in _FLOATS for k, v in tensors.items()}
+    odd = sorted(k for k, fit in fits.items() if not fit)
     if odd:
         raise QtjaxError(f"{file}: {odd[0]!r} is stored as {tensors[odd[0]].dtype.name}; readable are {', '.join(_FLOATS)}")
 

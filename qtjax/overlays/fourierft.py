@@ -98,8 +98,8 @@ def _site_leaves(spec: Spec, site: FourierSite) -> tuple[Leaf, Leaf]:
     return (
         Leaf(f"{linear.path}/spectrum", tuple((n,) if n else None for n in counts), (None,), keys, start, linear.path),
         Leaf(
-            f"{linear.path}/places", tuple((2, n) if n else None for n in counts), (None, None), (None,) * len(counts), drawn,
-            linear.path, trained=False, dtype=jnp.int32,
+            f"{linear.path}/places", tuple((2, n) if n else None for n in counts), (None, None), (None,) * len(counts),
+            drawn, linear.path, trained=False, dtype=jnp.int32,
         ),
     )  # fmt: skip
 

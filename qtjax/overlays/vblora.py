@@ -57,11 +57,12 @@ def _read(base: Base, fields: Mapping[str, Any], strict: bool) -> Spec:
         if i % length or o % length:
             fitting = int(np.gcd.reduce([n for s in sites for n in (s.linear.inputs, s.linear.outputs)]))
             raise QtjaxError(
-                f"vector_length = {length}: does not divide {site.linear.name}, {i} x {o}; it must divide both sizes of every"
-                f" target, so {fitting} and its divisors do"
+                f"vector_length = {length}: does not divide {site.linear.name}, {i} x {o}; it must divide both sizes of"
+                f" every target, so {fitting} and its divisors do"
             )
         if settings.r > min(i, o):
-            raise QtjaxError(f"r = {settings.r}: {site.linear.name} is {i} x {o}, so its rank is at most {min(i, o)}; lower r")
+            limit = min(i, o)
+            raise QtjaxError(f"r = {settings.r}: {site.linear.name} is {i} x {o}, so its rank is at most {limit}; lower r")
     return Spec(settings, sites)
 
 

@@ -42,8 +42,8 @@ def _read(base: Base, fields: Mapping[str, Any], strict: bool) -> Spec:
     if not strict:
         needs(fields, "r", "projection_prng_key", "target_modules", method="VeRA")
     settings = read_fields("vera", VeraFields, fields, base.linears)
-    excluded = settings.exclude_modules
-    require(excluded is None, "exclude_modules", excluded, "PEFT's VeRA has no such field; name only the wanted target_modules")
+    rule = "PEFT's VeRA has no such field; name only the wanted target_modules"
+    require(settings.exclude_modules is None, "exclude_modules", settings.exclude_modules, rule)
     return Spec(settings, resolve_sites(base, settings, strict))
 
 

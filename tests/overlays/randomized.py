@@ -35,7 +35,5 @@ def records(overlay, rng=None):
 
 def own_layer(overlay, path, layer):
     """{name: numpy float64 array of one layer} of the trainables below a module's path."""
-    flat = flatten(overlay.params)
-    return {
-        key.removeprefix(path + "/"): np.asarray(value, np.float64)[layer] for key, value in flat.items() if key.startswith(path + "/")
-    }
+    below = {k.removeprefix(f"{path}/"): v for k, v in flatten(overlay.params).items() if k.startswith(f"{path}/")}
+    return {name: np.asarray(value, np.float64)[layer] for name, value in below.items()}

@@ -1,5 +1,6 @@
 """LoHa, LoKr, FourierFT, VeRA, VB-LoRA: formulas against plain numpy, padding, dropout, files, counts, refusals."""
 
+import dataclasses
 import json
 import math
 import re
@@ -14,8 +15,10 @@ from tests.overlays.randomized import own_layer, randomized, records
 from qtjax import models
 from qtjax.checkpoints import adapter_state_dict, load_adapter, save_adapter
 from qtjax.errors import QtjaxError
-from qtjax.overlays import abstract_overlay, init_overlay, loha, merge, overlay_axes
+from qtjax.models.edits import LinearEdit, combine
+from qtjax.overlays import abstract_overlay, init_overlay, loha, merge, method_named, overlay_axes
 from qtjax.overlays.lokr import factorization
+from qtjax.overlays.targets import Linear
 from qtjax.overlays.torch_random import permutation
 from qtjax.tree import flatten
 
@@ -24,12 +27,12 @@ CONFIG = models.ModelConfig(
     num_key_value_heads=2, head_dim=8, initializer_range=0.2,
 )  # fmt: skip
 KEY = jax.random.key(7)
-SIZES = {"q_proj": (32, 32), "k_proj": (32, 16), "v_proj": (32, 16), "o_proj": (32, 32),
-         "gate_proj": (32, 48), "up_proj": (32, 48), "down_proj": (48, 32)}  # fmt: skip
+SIZES = {"q_proj": (32, 32), "k_proj": (32, 16), "down_proj": (48, 32)}
 
 
 def made(method, **fields):
-    return init_overlay(method, CONFIG, None, KEY, **fields)
+    """A fresh overlay of two modules of unlike shapes."""
+    return init_overlay(method, CONFIG, None, KEY, **{"target_modules": "k_proj,down_proj", **fields})
 
 
 def sizes(path):
@@ -75,11 +78,12 @@ def test_deltas_are_the_formula(method, fields, formula):
         np.testing.assert_allclose(delta, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("target", ["down_proj", "k_proj"])
+@pytest.mark.parametrize("target", ["down_proj", "up_proj"])
 def test_fourierft_is_the_real_part_of_the_inverse_transform(target):
     """dW^T = scaling Re(ifft2(S)), S holding c at the first n of torch's permutation of out in, row-major; odd sizes too."""
-    config = CONFIG.replace(intermediate_size=51, head_dim=9)
-    overlay = randomized(init_overlay("fourierft", config, None, KEY, n_frequency=70, scaling=20, random_loc_seed=5), spectrum=1)
+    config = CONFIG.replace(intermediate_size=51)
+    fields = dict(n_frequency=70, scaling=20, random_loc_seed=5, target_modules=target)
+    overlay = randomized(init_overlay("fourierft", config, None, KEY, **fields), spectrum=1)
     path = next(path for path in records(overlay) if path.endswith(target))
     inputs, outputs = next((s.linear.inputs, s.linear.outputs) for s in overlay.spec.sites if s.linear.path == path)
     for n, edit in enumerate(records(overlay)[path]):
@@ -90,10 +94,10 @@ def test_fourierft_is_the_real_part_of_the_inverse_transform(target):
 
 
 def test_vera_is_the_formula_on_slices_of_one_pair():
-    """dW = A[:in] diag(lambda_d) B[:, :out] diag(lambda_b); A and B exist once, U(+-sqrt(6 / fan_in)), whatever the layers."""
+    """dW = A[:in] diag(lambda_d) B[:, :out] diag(lambda_b); A and B are U(+-sqrt(6 / fan_in)) and exist once."""
     overlay = randomized(made("vera", r=5))
     a, b = (np.asarray(overlay.frozen[f"vera_{x}"], np.float64) for x in "AB")
-    assert a.shape == (48, 5) and b.shape == (5, 48)
+    assert a.shape == (48, 5) and b.shape == (5, 32)
     assert 0.9 * math.sqrt(6 / 48) < np.abs(a).max() <= math.sqrt(6 / 48) and np.abs(b).max() <= math.sqrt(6 / 5)
     for (path, n), delta in deltas(overlay).items():
         own, (i, o) = own_layer(overlay, path, n), sizes(path)
@@ -106,7 +110,8 @@ def test_vera_is_the_formula_on_slices_of_one_pair():
 
 def test_vblora_mixes_the_bank():
     """Each piece of A and B is the softmax of the k largest logits times the bank's vectors; dW = A^T B^T, no alpha."""
-    overlay = randomized(made("vblora", r=2, num_vectors=6, vector_length=8, topk=3), vblora_vector_bank=1, logits_A=1, logits_B=1)
+    overlay = made("vblora", r=2, num_vectors=6, vector_length=8, topk=3)
+    overlay = randomized(overlay, vblora_vector_bank=1, logits_A=1, logits_B=1)
     bank = np.asarray(overlay.params["vblora_vector_bank"], np.float64)
 
     def piece(logits):
@@ -122,9 +127,10 @@ def test_vblora_mixes_the_bank():
 
 
 MIXED = [
-    ("loha", dict(r=2, rank_pattern={"1.self_attn.q_proj": 1, "up_proj": 9}, alpha_pattern={"k_proj": 2}, layers_to_transform=[0, 1])),
-    ("lokr", dict(r=2, rank_pattern={"1.self_attn.q_proj": 8}, decompose_both=True, layers_to_transform=[0, 1])),
-    ("fourierft", dict(n_frequency=9, n_frequency_pattern={"1.self_attn.q_proj": 4}, layers_to_transform=[0, 1])),
+    ("loha", dict(
+        r=2, rank_pattern={"1.self_attn.k_proj": 1, "0.mlp.down_proj": 9}, alpha_pattern={"k_proj": 2}, layers_to_transform=[0, 1])),
+    ("lokr", dict(r=2, rank_pattern={"1.self_attn.k_proj": 8}, decompose_both=True, layers_to_transform=[0, 1])),
+    ("fourierft", dict(n_frequency=9, n_frequency_pattern={"1.self_attn.k_proj": 4}, layers_to_transform=[0, 1])),
     ("vera", dict(r=3, layers_to_transform=[0, 1])),
     ("vblora", dict(r=2, num_vectors=5, vector_length=8, layers_to_transform=[0, 1])),
 ]  # fmt: skip
@@ -154,13 +160,10 @@ def test_side_path_is_the_fold_and_padding_has_no_effect(method, fields):
         real = np.ones(leaf.shape, bool) if real is None else real
         assert np.abs(gradient[leaf.path])[real].max() > 0, leaf.path
         assert not np.asarray(gradient[leaf.path])[~real].any(), leaf.path
-    if method in ("loha", "lokr", "fourierft"):
-        assert adapter_state_dict(overlay).keys() >= {k for leaf in _leaves(overlay) for k, s in zip(leaf.keys, leaf.shapes) if k and s}
+    assert not any("layers.2." in key for key in adapter_state_dict(overlay))
 
 
 def _leaves(overlay):
-    from qtjax.overlays import method_named
-
     return method_named(overlay.method).leaves(overlay.spec)
 
 
@@ -182,23 +185,24 @@ def test_a_fresh_overlay_is_the_base_where_peft_s_is(method, fields, identity):
     largest = [np.abs(d).max() for d in deltas(overlay).values()]
     assert (max(largest) == 0) if identity else (min(largest) > 1e-5)
 
-    x, kernel = jax.random.normal(KEY, (1, 48)), jnp.ones((48, 48))
+    x, kernel = jax.random.normal(KEY, (1, 48)), jax.random.normal(jax.random.key(1), (48, 48))
 
     def total(trained):
         edits = records(overlay.replace(params=trained))
-        return sum(jnp.sin(e(x[:, : sizes(p)[0]], kernel[: sizes(p)[0], : sizes(p)[1]])).sum() for p, layers in edits.items() for e in layers)
+        parts = {path: (x[:, :i], kernel[:i, :o]) for path, (i, o) in ((path, sizes(path)) for path in edits)}
+        return sum(jnp.sin(e(*parts[path])).sum() for path, layers in edits.items() for e in layers)
 
     assert max(np.abs(g).max() for g in jax.tree.leaves(jax.grad(total)(overlay.params))) > 0
 
 
 def test_initial_values_have_torch_s_bounds():
     """kaiming_uniform(a=sqrt 5) of a matrix is U(+-1/sqrt(columns)) in torch's layout, each layer by its own rank."""
-    overlay = made("loha", r=16, rank_pattern={"0.self_attn.q_proj": 4})
+    overlay = made("loha", r=16, rank_pattern={"0.self_attn.q_proj": 4}, target_modules="q_proj")
     flat = flatten(overlay.params)
     a, b = (np.abs(flat[f"layers/self_attn/q_proj/hada_w1_{x}"]) for x in "ab")
     assert 0.46 < a[0].max() <= 1 / 2 and 0.24 < a[1:].max() <= 1 / 4 and not a[0, 4:].any()
     assert 0.97 / math.sqrt(32) < b.max() <= 1 / math.sqrt(32)
-    spectrum = flatten(made("fourierft", n_frequency=400).params)["layers/self_attn/q_proj/spectrum"]
+    spectrum = flatten(made("fourierft", n_frequency=400, target_modules="q_proj").params)["layers/self_attn/q_proj/spectrum"]
     assert abs(float(spectrum.std()) - 1) < 0.1
 
 
@@ -219,8 +223,6 @@ def test_loha_s_two_ways_agree_and_small_ranks_take_the_thin_one():
     x, kernel = jax.random.normal(KEY, (3, 32)), jax.random.normal(jax.random.key(1), (32, 32))
 
     def formed(edit):
-        import dataclasses
-
         return dataclasses.replace(edit, thin=None)
 
     ways = [jax.value_and_grad(lambda e, w=w: jnp.sin(w(e)(x, kernel)).sum(), allow_int=True) for w in (lambda e: e, formed)]
@@ -229,7 +231,7 @@ def test_loha_s_two_ways_agree_and_small_ranks_take_the_thin_one():
     # The two ways hold the same factors: what arrives through either is the gradient of the factors.
     for a, b in zip(jax.tree.leaves(slope.thin), jax.tree.leaves(other.delta)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    big = overlay.spec.sites[0].linear.__class__("layers/x", 1, 4096, 4096)
+    big = Linear("layers/x", 1, 4096, 4096)
     assert loha.is_thin(big, 8) and not loha.is_thin(big, 32)
 
 
@@ -238,17 +240,12 @@ def test_a_small_delta_survives_16_bits(method, fields):
     """In bfloat16 a delta of 2^-12 of the kernel still reaches the output, as in PEFT; W + delta alone would lose it."""
     overlay = randomized(made(method, **fields, target_modules="q_proj"), spectrum=1)
     edit = records(overlay)["layers/self_attn/q_proj"][0]
-    x = jax.random.normal(KEY, (4, 32)).astype(jnp.bfloat16)
+    # Rows of x sum to zero and all rows of the kernel are equal, so that its own product is zero and hides nothing.
+    x = jnp.asarray([[1, -1, 2, -2] * 8, [1, 1, -1, -1] * 8], jnp.bfloat16)
+    kernel = jnp.full((32, 32), 2.0**12 * float(jnp.abs(edit.delta()).max()), jnp.bfloat16)
     exact = x.astype(jnp.float32) @ edit.delta()
-    kernel = jnp.ones((32, 32), jnp.bfloat16) * 2.0**12 * jnp.abs(edit.delta()).max().astype(jnp.bfloat16)
-    x -= x.mean(axis=1, keepdims=True)  # so that the kernel's own product does not drown the output
-    exact = x.astype(jnp.float32) @ edit.delta()
-    reached = edit(x, kernel).astype(jnp.float32) - (x @ kernel).astype(jnp.float32)
-    got = edit(x, jnp.zeros_like(kernel)).astype(jnp.float32)
+    got = edit(x, kernel).astype(jnp.float32)
     np.testing.assert_allclose(got, exact, atol=0.02 * float(jnp.abs(exact).max()))
-    assert np.isfinite(reached).all()
-    jaxpr = str(jax.make_jaxpr(lambda x, w: edit(x, w))(x, kernel))
-    assert jaxpr.count("dot_general") >= 2
 
 
 @pytest.mark.parametrize("scale", [False, True])
@@ -274,13 +271,16 @@ def test_lycoris_dropout_drops_outputs_and_modules(scale):
         assert overlay.draws and modules.draws and not made(method, r=2).draws
 
 
-@pytest.mark.parametrize("method, fields", [("vera", dict(r=4, vera_dropout=0.5)), ("vblora", dict(r=2, num_vectors=5, vector_length=8, vblora_dropout=0.5))])
+@pytest.mark.parametrize(
+    "method, fields",
+    [("vera", dict(r=4, vera_dropout=0.5)), ("vblora", dict(r=2, num_vectors=5, vector_length=8, vblora_dropout=0.5))],
+)
 def test_input_dropout_needs_a_key_and_differs_by_layer(method, fields):
     """The side path's input is dropped with a key only, each layer and module by a key of its own."""
     overlay = made(method, **fields)
     assert overlay.draws and all(e.dropout_key is None for layers in records(overlay).values() for e in layers)
     keys = [jax.random.key_data(e.dropout_key) for layers in records(overlay, KEY).values() for e in layers]
-    assert len(np.unique(np.stack(keys), axis=0)) == 21
+    assert len(np.unique(np.stack(keys), axis=0)) == 6
 
 
 def test_counts_at_7b_are_the_closed_forms():
@@ -346,7 +346,8 @@ def test_vblora_top_k_file_is_for_inference_and_ours_for_training(vectors, dtype
     ours, theirs = deltas(overlay), deltas(alone)
     for place in ours:
         np.testing.assert_allclose(theirs[place], ours[place], atol=1e-4)
-    save_file(file | {key + "indices": np.full_like(file[key + "indices"], vectors if vectors < 256 else -1)}, tmp_path / "adapter_model.safetensors")
+    outside = np.full_like(file[key + "indices"], vectors if vectors < 256 else -1)
+    save_file(file | {key + "indices": outside}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(QtjaxError, match="names vectors outside the bank"):
         load_adapter(tmp_path, CONFIG, None)
 
@@ -363,7 +364,7 @@ def test_without_top_k_saving_there_is_one_file(tmp_path):
 
 
 def test_stacks_that_set_the_same_place_are_refused_at_once():
-    """VeRA's shared factors and LoRA's own would meet in one product: an error when the stack is made; LoHa adds to either."""
+    """VeRA's shared factors and LoRA's own would meet in one product: an error at the start; LoHa adds to either."""
     with pytest.raises(QtjaxError, match="two overlays both set 'down'"):
         made("vera+lora", r=2)
     with pytest.raises(QtjaxError, match="two overlays both set 'delta'"):
@@ -373,8 +374,6 @@ def test_stacks_that_set_the_same_place_are_refused_at_once():
 
 def test_a_delta_is_not_scaled_or_rotated_with_the_kernel():
     """W_eff = diag(pre) W + delta, in the forward pass as in the fold: records of two overlays at one place."""
-    from qtjax.models.edits import LinearEdit, combine
-
     edit = records(randomized(made("loha", r=8, target_modules="q_proj")))["layers/self_attn/q_proj"][0]
     both = combine(edit, LinearEdit(pre=jnp.linspace(0.5, 2, 32)))
     x, kernel = jax.random.normal(KEY, (3, 32)), jax.random.normal(jax.random.key(1), (32, 32))
@@ -386,11 +385,12 @@ def test_layers_to_transform_leave_the_other_layers_alone():
     params = models.init_params(CONFIG, jax.random.key(0))
     ids = np.random.default_rng(0).integers(0, 31, (1, 9))
     for method, fields in MIXED:
-        overlay = randomized(made(method, **{**fields, "layers_to_transform": [1], "rank_pattern": None, "n_frequency_pattern": None} if method != "vera" and method != "vblora" else {**fields, "layers_to_transform": [1]}), spectrum=1)
+        fields = {k: v for k, v in fields.items() if "pattern" not in k} | {"layers_to_transform": [1]}
+        overlay = randomized(made(method, **fields), spectrum=1)
         _, merged = merge(CONFIG, params, overlay)
         for path, leaf in flatten(params).items():
             new, old = np.asarray(flatten(merged)[path]), np.asarray(leaf)
-            if path.endswith("kernel") and path.startswith("layers"):
+            if path.endswith(("k_proj/kernel", "down_proj/kernel")):
                 assert not np.array_equal(new[1], old[1])
                 new, old = new[[0, 2]], old[[0, 2]]
             np.testing.assert_array_equal(new, old)
@@ -412,7 +412,7 @@ def test_layers_to_transform_leave_the_other_layers_alone():
         ("lokr", dict(init_weights="zero"), "init_weights = 'zero': must be one of True, False, 'lycoris'"),
         ("lokr", dict(r=-1), "r = -1"),
         ("fourierft", {}, "n_frequency = 1000: model.layers.0.self_attn.k_proj has 512 values in all; lower n_frequency"),
-        ("fourierft", dict(n_frequency=5, n_frequency_pattern={"q_prj": 2}), "n_frequency_pattern: 'q_prj' matches no edited"),
+        ("fourierft", dict(n_frequency=5, n_frequency_pattern={"q_prj": 2}), "'q_prj' matches no edited module; did you mean"),
         ("fourierft", dict(n_frequency=5, bias="all"), "bias = 'all': is not supported"),
         ("fourierft", dict(n_frequency=5, random_loc_seed="a"), "random_loc_seed = 'a': must be an integer"),
         ("vera", dict(r=0), "r = 0"),
@@ -427,6 +427,6 @@ def test_layers_to_transform_leave_the_other_layers_alone():
 def test_refusals_name_field_value_and_rule(method, fields, message):
     """Every bad setting is one line that names it."""
     with pytest.raises(QtjaxError) as error:
-        made(method, **fields)
+        init_overlay(method, CONFIG, None, KEY, **fields)
     assert re.search(message, str(error.value)), str(error.value)
     assert "\n" not in str(error.value)
