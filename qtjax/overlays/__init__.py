@@ -1,7 +1,8 @@
 """Parameter-efficient fine-tuning as overlays: one method a file, one line of registration each."""
 
 from qtjax.overlays import bitfit, boft, houlsby, ia3, ln_tuning, lora, oft
-from qtjax.overlays.base import METHODS, Method, Overlay, abstract_overlay, init_overlay, method_named, overlay_axes, register
+from qtjax.overlays.base import METHODS, Method, Overlay, abstract_overlay, init_overlay, method_named
+from qtjax.overlays.base import overlay_axes, register
 from qtjax.overlays.merge import merge
 
 register("lora", lora.METHOD)
