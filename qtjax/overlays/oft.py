@@ -84,7 +84,7 @@ def _check_series(fields: Mapping[str, Any]) -> None:
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if fields["use_cayley_neumann"] and (numbers is None or tuple(map(int, numbers.groups())) < (0, 18)):
         raise QtjaxError(
-            f"peft_version = {fields.get('peft_version')!r}: before 0.18 PEFT computed use_cayley_neumann with another series,"
+            f"peft_version = {fields.get('peft_version')!r}: before 0.18 PEFT computed the Neumann series differently,"
             " so the adapter would mean something else here; train it again, or write the version that it was trained with"
         )
 
