@@ -67,11 +67,12 @@ def _check_size(site: Site, settings: BoftFields) -> None:
     size = _block_size(site, settings)
     require(size > 1, name, given, f"makes blocks of one input at {site.linear.name}, which cannot turn; use larger blocks")
     if factors > 1:
-        require(size % 2 == 0, name, given, f"makes blocks of {size} inputs at {site.linear.name}; butterflies need even ones")
+        even = f"makes blocks of {size} inputs at {site.linear.name}; butterflies need even ones"
+        require(size % 2 == 0, name, given, even)
         require(
             inputs // size % 2 ** (factors - 1) == 0, "boft_n_butterfly_factor", factors,
-            f"needs blocks in a multiple of {2 ** (factors - 1)}, and {site.linear.name} has {inputs // size}; use fewer factors"
-            " or smaller blocks",
+            f"needs blocks in a multiple of {2 ** (factors - 1)}, and {site.linear.name} has {inputs // size}; use fewer"
+            " factors or smaller blocks",
         )  # fmt: skip
 
 

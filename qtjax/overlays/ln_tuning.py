@@ -88,11 +88,14 @@ def _read(base: Base, fields: Mapping[str, Any], strict: bool) -> NormSpec:
         wrong = module not in own and hits(rule, module, "target_modules")
         if wrong and not hits(settings.exclude_modules, module, "exclude_modules"):
             shown = repr(rule) if isinstance(rule, str) else ",".join(rule)
-            raise QtjaxError(f"target_modules = {shown}: matches {module!r}, which is no norm; name only {', '.join(_NORMS)}")
+            raise QtjaxError(
+                f"target_modules = {shown}: matches {module!r}, which is no norm; name only {', '.join(_NORMS)}"
+            )
     sites = []
     for norm in norms:
         where = tuple(
-            hits(rule, norm.module(n), "target_modules") and not hits(settings.exclude_modules, norm.module(n), "exclude_modules")
+            hits(rule, norm.module(n), "target_modules")
+            and not hits(settings.exclude_modules, norm.module(n), "exclude_modules")
             for n in range(len(norm.hits))
         )
         if any(where):

@@ -84,8 +84,8 @@ def _check_series(fields: Mapping[str, Any]) -> None:
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if fields["use_cayley_neumann"] and (numbers is None or tuple(map(int, numbers.groups())) < (0, 18)):
         raise QtjaxError(
-            f"peft_version = {fields.get('peft_version')!r}: before 0.18 PEFT computed use_cayley_neumann with another series, so"
-            " the adapter would mean something else here; train it again, or write the version that it was trained with"
+            f"peft_version = {fields.get('peft_version')!r}: before 0.18 PEFT computed the Neumann series differently,"
+            " so the adapter would mean something else here; train it again, or write the version that it was trained with"
         )
 
 
@@ -99,7 +99,8 @@ def _block_size(site: Site, settings: OftFields, strict: bool, sites: tuple[Site
         fitting = [n for n in range(2, common) if common % n == 0]
         require(
             False, name, given,
-            f"does not divide the {inputs} inputs of {site.linear.name}; these divide all targets': {', '.join(map(str, fitting))}",
+            f"does not divide the {inputs} inputs of {site.linear.name}; these divide all targets':"
+            f" {', '.join(map(str, fitting))}",
         )  # fmt: skip
     count = given if divides else _nearest_divisor(inputs, given)
     size = inputs // count if settings.r else count

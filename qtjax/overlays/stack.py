@@ -30,7 +30,7 @@ def stack_of(names: tuple[str, ...]) -> Method:
     """
     parts = [method_named(name) for name in names]
     if len(set(names)) != len(names):
-        raise QtjaxError(f"overlay method {'+'.join(names)!r}: names the same method twice; one overlay of a method is enough")
+        raise QtjaxError(f"overlay method {'+'.join(names)!r}: names the same method twice; one of each is enough")
 
     def read(base: Base, fields: Mapping[str, Any], strict: bool) -> tuple[Any, ...]:
         spec = tuple(
@@ -87,7 +87,7 @@ def _routed(parts: Mapping[str, Method], fields: Mapping[str, Any]) -> list[dict
     known = {name: {f.name for f in dataclasses.fields(part.fields)} for name, part in parts.items()}
     for name, value in fields.items():
         if name in parts and not isinstance(value, Mapping):
-            raise QtjaxError(f"{name} = {value!r}: must map {name}'s fields to values, it is the name of a part of the stack")
+            raise QtjaxError(f"{name} = {value!r}: must map {name}'s fields to values, it names a part of the stack")
         if name not in parts and not any(name in own for own in known.values()):
             near = near_names(name, set().union(*known.values(), parts))
             raise QtjaxError(f"{name}: none of {', '.join(parts)} has such a field{near}")

@@ -83,7 +83,7 @@ def test_a_stack_comes_back_from_its_folder(params, method, tmp_path):
 
 
 def test_fields_go_to_the_parts_that_know_them(params):
-    """A field that several parts know goes to all of them, one under a part's name to it alone, and before the common one."""
+    """A field that several parts know goes to all of them; one under a part's name goes to it alone and comes first."""
     overlay = init_overlay("lora+bitfit", CONFIG, params, KEY, r=3, target_modules="v_proj")
     lora, bitfit = overlay.spec
     assert lora.fields.r == 3 and lora.fields.target_modules == bitfit.fields.target_modules == ("v_proj",)

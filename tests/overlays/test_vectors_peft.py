@@ -29,7 +29,9 @@ ADAPTERS = {
     "ia3": ("ia3", dict()),
     "ia3-regex": ("ia3", dict(target_modules=r".*1\..*_proj", feedforward_modules=r".*mlp\..*")),
     "oft": ("oft", dict(oft_block_size=8, target_modules="all-linear")),
-    "oft-terms": ("oft", dict(oft_block_size=0, r=2, num_cayley_neumann_terms=3, target_modules=NAMES, layers_to_transform=[1])),
+    "oft-terms": (
+        "oft", dict(oft_block_size=0, r=2, num_cayley_neumann_terms=3, target_modules=NAMES, layers_to_transform=[1]),
+    ),
     "oft-exact": ("oft", dict(oft_block_size=4, use_cayley_neumann=False, block_share=True, target_modules=NAMES)),
     "oft-coft": ("oft", dict(oft_block_size=4, coft=True, eps=0.5, target_modules=NAMES)),
     "oft-adjusted": ("oft", dict(oft_block_size=5, target_modules=NAMES)),  # PEFT takes a divisor near 5
@@ -107,7 +109,7 @@ value_and_gradient = jax.jit(jax.value_and_grad(loss), static_argnames="config")
 @pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`")
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_peft_saves_qtjax_loads_and_back(base, name, tmp_path):
-    """peft saves -> load_adapter: its logits, loss, gradients by name and count; other values saved here -> peft's logits."""
+    """peft saves -> load_adapter: its logits, loss, gradients, count; other values saved here -> peft's logits."""
     folder, config, params = base
     method, fields = ADAPTERS[name]
     torch.manual_seed(1)
@@ -138,13 +140,14 @@ def test_peft_saves_qtjax_loads_and_back(base, name, tmp_path):
 
     moved = shaken(overlay, seed=4)
     save_adapter(tmp_path / "ours", moved, base_model_name=str(folder))
-    close(logits(config, params, moved), torch_logits(peft.PeftModel.from_pretrained(torch_base(folder), tmp_path / "ours").eval()))
+    theirs = peft.PeftModel.from_pretrained(torch_base(folder), tmp_path / "ours").eval()
+    close(logits(config, params, moved), torch_logits(theirs))
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("name", ["ia3", "ia3-names", "oft", "boft-butterfly", "ln"])
 def test_what_was_made_here_loads_in_peft_without_a_warning(base, name, tmp_path):
-    """init -> other values -> save: peft reads the settings that were made here, defaults included, and computes the same."""
+    """init -> other values -> save: peft reads the settings made here, defaults included, and computes the same."""
     folder, config, params = base
     method, fields = ADAPTERS.get(name, ("ia3", dict(target_modules=["mlp.down_proj", "k_proj"])))
     overlay = shaken(init_overlay(method, config, params, jax.random.key(1), **fields))
@@ -153,7 +156,7 @@ def test_what_was_made_here_loads_in_peft_without_a_warning(base, name, tmp_path
 
 
 def test_coft_trains_as_peft_does(base, tmp_path):
-    """Three steps of gradient descent with COFT, the projection after each: peft's values, which it projects when it computes."""
+    """Three steps of gradient descent with COFT, projected after each: peft's values, which it projects in its forward."""
     folder, config, params = base
     fields = dict(oft_block_size=4, coft=True, eps=0.05, target_modules=["v_proj", "down_proj"])
     model = peft.get_peft_model(torch_base(folder), peft.OFTConfig(task_type="CAUSAL_LM", **fields)).eval()
@@ -185,13 +188,13 @@ def test_an_oft_file_of_another_series_is_refused(base, change, tmp_path):
     save_adapter(tmp_path, init_overlay("oft", config, params, jax.random.key(0), oft_block_size=4))
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(written | change))
-    with pytest.raises(QtjaxError, match="peft_version = .*another series|use_cayley_neumann: is missing"):
+    with pytest.raises(QtjaxError, match="peft_version = .*series differently|use_cayley_neumann: is missing"):
         load_adapter(tmp_path, config, params)
 
 
 @pytest.mark.parametrize("family, fields", [("Llama", SMALL), ("Mistral", SMALL | dict(sliding_window=None, head_dim=12))])
 def test_biases_merged_here_load_in_transformers(family, fields, tmp_path):
-    """bitfit -> merge -> save_pretrained: transformers' logits, of a Mistral without a window as the LLaMA that it has become."""
+    """bitfit -> merge -> save_pretrained: transformers' logits; a Mistral without a window has become a LLaMA."""
     _, config, params = make_base(family, fields, 5, tmp_path / "base")
     overlay = shaken(init_overlay("bitfit", config, params, jax.random.key(0)))
     save_pretrained(tmp_path / "merged", *merge(config, params, overlay))
