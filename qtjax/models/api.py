@@ -98,12 +98,13 @@ def hidden_states(
     """Hidden states after the final norm.
 
     Args:
-      input_ids: int [B, L]. attention_mask: [B, L], 1 for real tokens. position_ids: int [B, L], default arange.
+      input_ids: int [B, L]. attention_mask: [B, L], 1 for real tokens. position_ids: int [B, L], default arange, in a packed
+        row from each segment's first slot.
       segment_ids: int [B, L], 0 for padding; a token sees only its own nonzero segment.
       overlay: parameter-efficient overlay or None; task_ids: int [B] or [B, L] for overlays that choose by task.
       rng: key for what an overlay draws in training (dropout); None draws nothing.
     Virtual tokens of an overlay stand before the row once; every segment sees them, and its positions start after them
-      (position_ids count without them; their default is then, in a packed row, the slot within the segment).
+      (position_ids count without them).
     Returns: [B, L, D] in config.dtype; exactly zero, with zero gradient, at slots that hold nothing real. Raises
       QtjaxError for task_ids that do not fit the overlay; where they are traced, the states of unknown tasks are NaN.
     """
@@ -135,9 +136,9 @@ def variables(params: Tree, edits: Edits) -> dict[str, Tree]:
 
 def _run(config: ModelConfig, params: Tree, row: _Row, edits: Edits) -> Array:
     slots, window = jnp.arange(row.input_ids.shape[1], dtype=jnp.int32), config.sliding_window
-    mask, offset = visible(slots, slots, row.segment, row.segment, window), slots
-    if edits.ahead:
-        offset = offsets(slots, row.segment_ids)
+    mask = visible(slots, slots, row.segment, row.segment, window)
+    # Only these need to know where a segment began.
+    offset = offsets(slots, row.segment_ids) if edits.ahead or row.position_ids is None else slots
     positions = offset if row.position_ids is None else row.position_ids
     positions = jnp.broadcast_to(positions, row.input_ids.shape) + edits.ahead
     if edits.virtual is not None:

@@ -33,8 +33,9 @@ def sees_virtual(
 
     Args: offset: see `offsets`. count: P. same_group bool [B, L, G]: whether a slot is of that group; None: one for all.
     """
-    distance = jnp.broadcast_to(offset_BL[..., None] + count - jnp.arange(count), (*segment_BL.shape, count))
-    near = (segment_BL != 0)[..., None] & (distance < sliding_window if sliding_window else True)
+    near = jnp.broadcast_to((segment_BL != 0)[..., None], (*segment_BL.shape, count))
+    if sliding_window is not None:
+        near &= offset_BL[..., None] + count - jnp.arange(count) < sliding_window
     if same_group_BLG is not None:
         near = (near[:, :, None, :] & same_group_BLG[..., None]).reshape(*near.shape[:2], -1)
     return near[:, None]
@@ -45,7 +46,7 @@ def among_virtual(groups: int, count: int, sliding_window: int | None) -> Array:
     group, slot = (x.reshape(-1) for x in jnp.mgrid[:groups, :count])
     distance = slot[:, None] - slot[None, :]
     near = (distance >= 0) & (group[:, None] == group[None, :])
-    return near & (distance < sliding_window) if sliding_window else near
+    return near if sliding_window is None else near & (distance < sliding_window)
 
 
 def of_rows(virtual_GPD: Array, task_ids_B: Array | None) -> Array:

@@ -33,7 +33,7 @@ def score_rows(
     Args:
       overlay: parameter-efficient overlay or None.
       rows: arrays [R, L]: `input_ids` int, `loss_mask` bool, and optionally `attention_mask`, `position_ids` (default
-        arange) and `segment_ids` (0 is padding). The hidden state at t-1 predicts the token at t.
+        as in `models.hidden_states`) and `segment_ids` (0 is padding). The hidden state at t-1 predicts the token at t.
       mesh: with a mesh, R must be a multiple of its data x fsdp devices; each scores its own rows.
     Returns: token_nll, token_entropy, float32 [R, L] in nats, at the TARGET position; 0 where it is no target:
       loss_mask False, padding, or the first token of a row or segment.
@@ -84,7 +84,8 @@ def eu_scores(
 
     Args:
       input_ids: int [B, L], padded on either side. loss_mask: bool [B, L], True where the token is to be predicted.
-      attention_mask: [B, L], 1 for real tokens. position_ids: int [B, L], default arange.
+      attention_mask: [B, L], 1 for real tokens. position_ids: int [B, L], default as in
+        `models.hidden_states`.
       segment_ids: int [B, L], samples 1..S packed into a row, 0 for padding.
       overlay, task_ids: as in `models.hidden_states`.
       num_segments: S, static; default: the largest segment id, which needs concrete `segment_ids` (not under jit).

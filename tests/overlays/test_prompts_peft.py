@@ -1,0 +1,186 @@
+"""Prompts, prefixes and LLaMA-Adapter between qtjax and peft itself, both ways, on models the recorded cases do not cover."""
+
+import json
+import shutil
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tests.overlays.tokens import trained
+
+from qtjax import models
+from qtjax.checkpoints import adapter_state_dict, load_adapter, load_pretrained, save_adapter
+from qtjax.overlays import init_overlay
+
+pytestmark = pytest.mark.parity
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+SMALL = dict(
+    vocab_size=53, hidden_size=48, intermediate_size=56, num_attention_heads=6, max_position_embeddings=64,
+    initializer_range=0.15, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+BASES = {
+    "mistral-window": ("Mistral", SMALL | dict(num_hidden_layers=2, num_key_value_heads=3, sliding_window=5)),
+    "llama-tied-biases": (
+        "Llama",
+        SMALL | dict(num_hidden_layers=3, num_key_value_heads=2, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    ),
+}
+CASES = {
+    "prompt": ("prompt", "PromptTuningConfig", dict(num_virtual_tokens=4)),
+    "ptuning": ("ptuning", "PromptEncoderConfig", dict(num_virtual_tokens=3, encoder_hidden_size=10)),
+    "ptuning-lstm": (
+        "ptuning", "PromptEncoderConfig",
+        dict(num_virtual_tokens=6, encoder_hidden_size=5, encoder_reparameterization_type="LSTM", encoder_num_layers=3),
+    ),
+    "mpt": ("mpt", "MultitaskPromptTuningConfig", dict(num_virtual_tokens=4, num_tasks=3, num_ranks=2)),
+    "prefix": ("prefix", "PrefixTuningConfig", dict(num_virtual_tokens=4)),
+    "prefix-longer-than-window": ("prefix", "PrefixTuningConfig", dict(num_virtual_tokens=7)),
+    "prefix-mlp": ("prefix", "PrefixTuningConfig", dict(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=10)),
+    "llama_adapter": ("llama_adapter", "AdaptionPromptConfig", dict(adapter_len=4, adapter_layers=1)),
+}  # fmt: skip
+IDS = np.random.default_rng(3).integers(3, 53, (3, 12))
+MASK = np.ones_like(IDS)
+MASK[1, 9:] = 0
+MASK[2, :4] = 0
+REAL = MASK == 1
+TASKS = np.array([2, 0, 1])
+apply = jax.jit(models.apply, static_argnums=0)
+
+
+@pytest.fixture(scope="module", params=BASES)
+def base(request, tmp_path_factory):
+    """A random base that transformers made: (folder, config, params)."""
+    family, fields = BASES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(sorted(BASES).index(request.param) + 11)
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**fields)).float()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                weight.add_(torch.randn_like(weight) * 0.2)
+    model.save_pretrained(folder)
+    return folder, *load_pretrained(folder)
+
+
+def torch_base(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def tasks_of(method, ids=TASKS):
+    return {"task_ids": ids} if method == "mpt" else {}
+
+
+def run(model, method, **more):
+    """peft's output; logits at virtual tokens, which it returns for prompts, cut off."""
+    tasks = {k: torch.tensor(v) for k, v in tasks_of(method).items()}
+    out = model(input_ids=torch.tensor(IDS), attention_mask=torch.tensor(MASK), **tasks, **more)
+    return out, out.logits[:, out.logits.shape[1] - IDS.shape[1] :].detach().numpy()
+
+
+def close(got, expected):
+    difference = np.abs(np.asarray(got) - expected)[REAL].max()
+    print(f"largest logit difference {difference:.2e}")
+    assert difference <= 2e-4 * max(1.0, np.abs(expected)[REAL].max() / 10), difference
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_peft_saves_and_qtjax_loads(base, name, tmp_path):
+    """peft saves -> load_adapter: same logits; with the encoder's own tensors beside it, the same loss and every gradient."""
+    (folder, config, params), (method, kind, fields) = base, CASES[name]
+    torch.manual_seed(1)
+    model = peft.get_peft_model(torch_base(folder), getattr(peft, kind)(task_type="CAUSAL_LM", **fields)).eval()
+    with torch.no_grad():
+        for _, weight in model.named_parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight) * 0.4)
+    model.save_pretrained(tmp_path)
+    out, expected = run(model, method, labels=torch.tensor(np.where(REAL, IDS, -100)))
+    overlay = load_adapter(tmp_path, config, params)
+    got = apply(config, params, IDS, MASK, overlay=overlay, **tasks_of(method))
+    close(got, expected)
+    assert np.abs(expected - np.asarray(apply(config, params, IDS, MASK)))[REAL].max() > 0.1
+
+    out.loss.backward()
+    theirs = {k: w.grad.numpy() for k, w in model.named_parameters() if w.requires_grad}
+    raw = {k: w.detach().numpy() for k, w in model.named_parameters() if w.requires_grad}
+    assert overlay.trainable_count == sum(w.size for w in raw.values()) or method in ("ptuning", "prefix")
+
+    def ours(key):
+        key = key.replace("default.", "")
+        plain = {"prompt_encoder.embedding.weight": "prompt_embeddings"} if name in ("prompt", "mpt") or name.startswith("prefix-l") or name == "prefix" else {}
+        return plain.get(key, key.removeprefix("prompt_encoder.") if "prefix_task" in key else key)
+
+    theirs, raw = ({ours(k): v for k, v in tree.items()} for tree in (theirs, raw))
+    if not set(raw) <= set(adapter_state_dict(overlay)):
+        save_file({k: np.ascontiguousarray(v) for k, v in raw.items()}, tmp_path / "qtjax_trainable.safetensors")
+        overlay = load_adapter(tmp_path, config, params)
+
+    @jax.value_and_grad
+    def loss(trainable):
+        own = overlay.replace(params=trainable)
+        logp = jax.nn.log_softmax(apply(config, params, IDS, MASK, overlay=own, **tasks_of(method))[:, :-1])
+        # peft's labels follow the slot before them, be it padding or, for prompts, the last virtual token
+        weight = jnp.asarray(MASK[:, 1:] * MASK[:, :-1])
+        return -(jnp.take_along_axis(logp, IDS[:, 1:, None], -1)[..., 0] * weight).sum() / weight.sum()
+
+    labels = np.where(REAL, IDS, -100)
+    labels[:, 1:] = np.where(MASK[:, :-1] == 1, labels[:, 1:], -100)
+    labels[:, 0] = -100
+    model.zero_grad()
+    out, _ = run(model, method, labels=torch.tensor(labels))
+    out.loss.backward()
+    theirs = {ours(k): w.grad.numpy() for k, w in model.named_parameters() if w.requires_grad}
+    value, gradient = loss(overlay.params)
+    assert abs(float(value) - out.loss.item()) <= 1e-5
+    mine = adapter_state_dict(overlay.replace(params=gradient))
+    assert set(mine) == set(theirs)
+    for key, reference in theirs.items():
+        assert np.linalg.norm(mine[key] - reference) <= 1e-3 * np.linalg.norm(reference) + 1e-8, key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_qtjax_saves_and_peft_loads(base, name, tmp_path):
+    """init -> random trainables -> save_adapter: peft loads it without a warning, with the same config and logits."""
+    (folder, config, params), (method, kind, fields) = base, CASES[name]
+    overlay = trained(init_overlay(method, config, params, jax.random.key(5), **fields), seed=4)
+    save_adapter(tmp_path / "ours", overlay, base_model_name=str(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = peft.PeftModel.from_pretrained(torch_base(folder), tmp_path / "ours").eval()
+    _, expected = run(model, method)
+    close(apply(config, params, IDS, MASK, overlay=overlay, **tasks_of(method)), expected)
+    fresh = peft.get_peft_model(torch_base(folder), getattr(peft, kind)(task_type="CAUSAL_LM", **fields))
+    fresh.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("ours", "theirs"))
+    assert {k: theirs[k] for k in ours if k != "base_model_name_or_path"} == {k: v for k, v in ours.items() if k != "base_model_name_or_path"}
+    mine, made = (sum(v.size for v in jax.tree.leaves(o.params)) for o in (overlay, init_overlay(method, config, params, jax.random.key(0), **fields)))
+    counted = sum(w.numel() for w in fresh.parameters() if w.requires_grad)
+    assert overlay.trainable_count == counted and mine == made
+    shutil.rmtree(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+def test_generation_equals_peft(base, name, tmp_path):
+    """Greedy tokens of rows of one length are those of peft's generate, past the window's end.
+
+    Left-padded rows differ by design: for prompts peft counts positions over the padding, here a row's padding has none.
+    """
+    (folder, config, params), (method, _, fields) = base, CASES[name]
+    overlay = trained(init_overlay(method, config, params, jax.random.key(5), **fields), seed=4)
+    save_adapter(tmp_path, overlay)
+    model = peft.PeftModel.from_pretrained(torch_base(folder), tmp_path).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = model.generate(
+            input_ids=torch.tensor(IDS[:, :6]), attention_mask=torch.ones(3, 6, dtype=torch.long), max_new_tokens=10,
+            do_sample=False, eos_token_id=-1, pad_token_id=0,
+        )[:, -10:].numpy()  # fmt: skip
+    ours = models.generate(config, params, IDS[:, :6], max_new_tokens=10, eos_token_id=(), overlay=overlay)
+    np.testing.assert_array_equal(ours, theirs)
+    assert len(np.unique(theirs)) > 4
