@@ -25,6 +25,7 @@ from qtjax.training.experts import missing_experts, train_experts
 from qtjax.training.full_data import time_full_data
 from qtjax.training.run import Session, open_session, train_steps
 from qtjax.training.run_folder import RunFolder
+from qtjax.training.state import count_parameters
 from qtjax.tree import Tree
 
 
@@ -73,6 +74,7 @@ def _train(config: Config, folder: RunFolder, console: Console, begin: float, qu
         "samples": len(session.dataset), "cut": session.dataset.stats.cut, "skipped": dict(session.dataset.stats.skipped)
     }  # fmt: skip
     summary["calibration"] = calibration
+    summary["trained_values"] = count_parameters(params) if overlay is None else overlay.trainable_count
     summary["provenance"] = _provenance(session, folder)
     summary["model_folder"] = str(folder.model) if config.run.export else None
     summary["seconds"]["total"] = _wall_clock(folder, begin)
