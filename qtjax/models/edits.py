@@ -108,7 +108,8 @@ class LinearEdit:
         y = product(self.turned(dropped), kernel, self.delta) + still.side(dropped)
         rest = product(self.turned(x - dropped), kernel, self.delta)
         if self.undropped:
-            rest += ((x - dropped) @ self.down[:, -self.undropped :].astype(x.dtype)) @ self.up[-self.undropped :].astype(x.dtype)
+            down, up = self.down[:, -self.undropped :], self.up[-self.undropped :]
+            rest += ((x - dropped) @ down.astype(x.dtype)) @ up.astype(x.dtype)
         rest = rest if self.post is None else rest * self.post.astype(x.dtype)
         return still._finished(y, self.scale(kernel), bias, rest)
 

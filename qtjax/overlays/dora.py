@@ -24,12 +24,14 @@ from qtjax.overlays.saved import saved_edits
 from qtjax.overlays.sites import claims
 from qtjax.tree import Tree, flatten, unflatten
 
+_MAGNITUDE = "lora_magnitude_vector"
+
 
 def _leaves(spec: LoraSpec) -> list[Leaf]:
     """LoRA's, and lora_magnitude_vector [out] of every edited layer."""
     return lora.lora_leaves(spec) + [
         site.leaf(
-            "lora_magnitude_vector", lambda r, o=site.linear.outputs: (o,), ("out",), partial(_norms, site), "lora_magnitude_vector"
+            _MAGNITUDE, lambda r, o=site.linear.outputs: (o,), ("out",), partial(_norms, site), _MAGNITUDE
         )
         for site in spec.sites
     ]
@@ -45,7 +47,7 @@ def _expand(spec: LoraSpec, params: Tree, frozen: Tree, context: Context) -> Edi
     edits, flat = lora.lora_edits(spec, params, context.rng, frozen), flatten(params)
     for site in spec.sites:
         here = None if all(site.ranks) else jnp.asarray(site.ranks) > 0
-        magnitude = flat[f"{site.linear.path}/lora_magnitude_vector"]
+        magnitude = flat[f"{site.linear.path}/{_MAGNITUDE}"]
         edits[site.linear.path] = replace(edits[site.linear.path], magnitude=magnitude, here=here)
     return Edits(unflatten({f"{path}/edit": edit for path, edit in edits.items()} | saved_edits(spec.saved, params)))
 

@@ -183,8 +183,8 @@ def _check_init(init: bool | str, strict: bool, raw: bool) -> None:
     require(not (strict and init is False), "init_lora_weights", init, f"must be {_INITS}")
     if not strict and not raw and principal.subtracts(init):
         raise QtjaxError(
-            f"init_lora_weights = {init!r}: is not supported in a file, since peft then changed the base weights too; save it"
-            " there with path_initial_model_for_weight_conversion, which writes an adapter for the untouched base"
+            f"init_lora_weights = {init!r}: is not supported in a file, since peft then changed the base weights too; save"
+            " it there with path_initial_model_for_weight_conversion, which writes an adapter for the untouched base"
         )
 
 
@@ -198,7 +198,7 @@ def _down_init(site: LoraSite, kind: bool | str) -> Init:
 
 
 def lora_leaves(spec: LoraSpec) -> list[Leaf]:
-    """lora_A [in, r] and lora_B [r, out]; PEFT stores torch's layouts, [r, in] and [out, r]. Then what is frozen or copied."""
+    """lora_A [in, r] and lora_B [r, out]; PEFT stores torch's layouts, [r, in] and [out, r]. Then the frozen and the copied."""
     leaves = []
     for site in spec.sites:
         size, kind = site.linear, spec.fields.init_lora_weights

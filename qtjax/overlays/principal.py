@@ -104,7 +104,8 @@ def converted_file(tensors: Mapping[str, Any]) -> dict[str, Any]:
     for a in [key for key in out if key.endswith(("lora_A.weight", "lora_embedding_A"))]:
         b = f"{a.removesuffix('_A')}_B" if a.endswith("_A") else f"{a.removesuffix('lora_A.weight')}lora_B.weight"
         a0, b0 = (
-            tensors[key.replace("lora_", "initial_")] if key.endswith(".weight") else np.zeros_like(out[key]) for key in (a, b)
+            tensors[key.replace("lora_", "initial_")] if key.endswith(".weight") else np.zeros_like(out[key])
+            for key in (a, b)
         )
         out[a], out[b] = np.concatenate([out[a], a0], axis=0), np.concatenate([out[b], -b0], axis=1)
     return out

@@ -24,7 +24,7 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 @dataclass(frozen=True)
 class Saved:
-    """One module copied: its tree path, its base leaf's last name, one layer's shape, and in which layers (one outside them)."""
+    """One module copied: its tree path, its base leaf's last name, one layer's shape, and in which layers."""
 
     path: str
     leaf: str
@@ -58,7 +58,8 @@ def _copyable(base: Base) -> list[Saved]:
 def _containers(count: int) -> list[str]:
     """HF modules that a name can hit and that are no single weight."""
     parts = ("", ".self_attn", ".mlp", ".mlp.act_fn")
-    return ["model", "model.layers", "model.rotary_emb", *(f"model.layers.{n}{part}" for n in range(count) for part in parts)]
+    layers = [f"model.layers.{n}{part}" for n in range(count) for part in parts]
+    return ["model", "model.layers", "model.rotary_emb", *layers]
 
 
 def resolve_saved(base: Base, names: Sequence[str], strict: bool) -> tuple[Saved, ...]:
@@ -77,12 +78,15 @@ def resolve_saved(base: Base, names: Sequence[str], strict: bool) -> tuple[Saved
             raise QtjaxError(f"modules_to_save: {name!r} matches {whole[0]!r}, which is not one weight; name its parts")
         if strict and not any(module.endswith(name) for module in modules):
             known = sorted({module.rsplit(".", 1)[-1] for module in modules})
-            raise QtjaxError(f"modules_to_save: {name!r} matches no module{near_names(name, known)}; known: {', '.join(known)}")
+            near = near_names(name, known)
+            raise QtjaxError(f"modules_to_save: {name!r} matches no module{near}; known: {', '.join(known)}")
     for one in copyable:
         hits = tuple(hit(one.module(n)) for n in range(len(one.hits)))
         if any(hits):
             if f"{one.path}/bias" in base.leaves:
-                raise QtjaxError(f"modules_to_save = {list(names)}: {one.module(hits.index(True))} has a bias, whose copy is not supported")
+                raise QtjaxError(
+                    f"modules_to_save = {list(names)}: {one.module(hits.index(True))} has a bias, whose copy is not supported"
+                )
             out.append(Saved(one.path, one.leaf, one.shape, hits))
     return tuple(out)
 
@@ -92,7 +96,9 @@ def check_apart(saved: Sequence[Saved], edited: set[str]) -> None:
     for one in saved:
         for n, hit in enumerate(one.hits):
             if hit and one.module(n) in edited:
-                raise QtjaxError(f"modules_to_save: {one.module(n)} is a target of the adapter as well; it can only be one of them")
+                raise QtjaxError(
+                    f"modules_to_save: {one.module(n)} is a target of the adapter as well; it can only be one of them"
+                )
 
 
 def saved_leaves(saved: Sequence[Saved]) -> list[Leaf]:
@@ -104,7 +110,8 @@ def saved_leaves(saved: Sequence[Saved]) -> list[Leaf]:
         keys = tuple(f"base_model.model.{one.module(n)}.weight" if hit else None for n, hit in enumerate(one.hits))
         out.append(Leaf(
             f"{one.path}/saved", tuple(one.shape if hit else None for hit in one.hits), axes, keys, partial(_copy, one),
-            module=one.path if axes == ("in", "out") else "", stacked=one.stacked, **(transposed() if one.leaf == "kernel" else {}),
+            module=one.path if axes == ("in", "out") else "", stacked=one.stacked,
+            **(transposed() if one.leaf == "kernel" else {}),
         ))  # fmt: skip
     return out
 

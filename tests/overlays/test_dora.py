@@ -23,7 +23,7 @@ def params():
 
 
 def test_a_fresh_overlay_is_the_base_and_its_magnitudes_are_the_column_norms(params):
-    """m starts as the norms of the base's columns, so the logits are the base's up to rounding; unedited layers hold zeros."""
+    """m starts as the norms of the base's columns, so the logits are the base's up to rounding; other layers hold zeros."""
     overlay = init_overlay("dora", CONFIG, params, KEY, r=4, layers_to_transform=[0, 2], target_modules="v_proj,up_proj")
     np.testing.assert_allclose(logits(params, overlay), logits(params, None), atol=1e-5)
     m = flatten(overlay.params)["layers/mlp/up_proj/lora_magnitude_vector"]

@@ -12,7 +12,7 @@ from qtjax.checkpoints import load_adapter, save_adapter
 from qtjax.errors import QtjaxError
 from qtjax.models import LinearEdit
 from qtjax.overlays import abstract_overlay, init_overlay, merge, overlay_axes
-from qtjax.tree import flatten
+from qtjax.tree import flatten, unflatten
 
 PLAIN = CONFIG.replace(attention_bias=False, mlp_bias=False)
 TIED = PLAIN.replace(tie_word_embeddings=True)
@@ -34,7 +34,7 @@ def by(amount, overlay):
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_6", "olora"])
 def test_initial_factors_are_the_base_s_and_change_nothing(params, init):
-    """A0, B0 are the frozen twins of A, B; pissa's s A0 B0 is the best rank-r part of W, olora's rows of B are orthonormal."""
+    """A0, B0 are frozen twins of A, B; pissa's s A0 B0 is the best rank-r part of W, olora's B has orthonormal rows."""
     fields = dict(r=4, lora_alpha=6, rank_pattern={"layers.1.mlp.up_proj": 2}, target_modules="up_proj")
     overlay = init_overlay("lora", PLAIN, params, KEY, init_lora_weights=init, **fields)
     flat, kept = flatten(overlay.params), flatten(overlay.frozen)
@@ -52,7 +52,7 @@ def test_initial_factors_are_the_base_s_and_change_nothing(params, init):
         best = (left[:, :rank] * values[:rank]) @ right[:rank]
         got = 6 / rank * a[n] @ b[n]
         if init == "pissa":
-            np.testing.assert_allclose(got, best, atol=1e-5)
+            np.testing.assert_allclose(got, best, atol=1e-4)
         else:  # close to the optimum, not it
             assert np.linalg.norm(w - got) <= 1.02 * np.linalg.norm(w - best)
 
@@ -72,7 +72,7 @@ def test_initial_factors_get_no_gradient_and_training_goes_on_after_saving(param
 
 
 def test_a_file_of_trainables_beside_another_adapter_is_refused(params, tmp_path):
-    """When peft writes a newer adapter into the folder, the older trainables are not read silently, nor the other way round."""
+    """When peft writes a newer adapter into the folder, the older trainables are not read silently."""
     overlay = init_overlay("lora", PLAIN, params, KEY, r=2, init_lora_weights="olora", target_modules="v_proj")
     save_adapter(tmp_path, overlay)
     weights = tmp_path / "adapter_model.safetensors"
@@ -87,7 +87,8 @@ def test_a_file_of_trainables_beside_another_adapter_is_refused(params, tmp_path
 
 def test_dropout_leaves_the_initial_factors_alone():
     """y = x W + drop(x) A B - x A0 B0: as in PEFT, where A0 B0 is part of the base."""
-    down, up, w = (np.random.default_rng(n).normal(size=s).astype(np.float32) for n, s in enumerate([(10, 4), (4, 7), (10, 7)]))
+    shapes = [(10, 4), (4, 7), (10, 7)]
+    down, up, w = (np.random.default_rng(n).normal(size=s).astype(np.float32) for n, s in enumerate(shapes))
     x = jax.random.normal(KEY, (5, 10))
     edit = LinearEdit(down=down, up=up, dropout_key=KEY, dropout_rate=0.4, undropped=2)
     dropped = edit.drop(x)
@@ -105,7 +106,7 @@ def test_orthogonal_factors_multiply_to_zero():
 
 
 def test_embedding_and_head_keep_their_own_changes(model):
-    """E + s A B and W + s A B each, by hand on an untied copy; the merge of a tied model unties it, the base is untouched."""
+    """E + s A B and W + s A B each, by hand on an untied copy; the merge of a tied model unties it."""
     config, params = model
     fields = dict(r=3, lora_alpha=6, target_modules=["embed_tokens", "lm_head"])
     fresh = init_overlay("lora", config, params, KEY, **fields)
@@ -116,7 +117,7 @@ def test_embedding_and_head_keep_their_own_changes(model):
     }  # fmt: skip
     assert not np.asarray(flat["embed_tokens/lora_A"]).any() and abs(float(np.std(flat["embed_tokens/lora_B"])) - 1) < 0.2
     overlay = by(0.1, fresh)
-    a = {path: 2 * np.asarray(overlay.params[path]["lora_A"]) @ np.asarray(overlay.params[path]["lora_B"]) for path in overlay.params}
+    a = {path: 2 * np.asarray(own["lora_A"]) @ np.asarray(own["lora_B"]) for path, own in overlay.params.items()}
     table = params["embed_tokens"]["embedding"]
     head = table.T if config.tie_word_embeddings else params["lm_head"]["kernel"]
     by_hand = params | {"embed_tokens": {"embedding": table + a["embed_tokens"]}, "lm_head": {"kernel": head + a["lm_head"]}}
@@ -152,17 +153,17 @@ def test_modules_to_save_are_copies_in_the_place_of_the_base(model):
     np.testing.assert_array_equal(logits(params, overlay, config), logits(params, None, config))
     saved = {path for path in flatten(overlay.params) if path.endswith("saved")}
     assert saved == {
-        "layers/input_layernorm/saved", "layers/post_attention_layernorm/saved", "norm/saved", "lm_head/saved", "layers/mlp/up_proj/saved",
+        "layers/input_layernorm/saved", "layers/post_attention_layernorm/saved", "norm/saved", "lm_head/saved",
+        "layers/mlp/up_proj/saved",
     }  # fmt: skip
     base = flatten(params)
     moved = {path: value + 0.1 if path.endswith("saved") else value for path, value in flatten(overlay.params).items()}
     by_hand = dict(base)
-    by_hand["lm_head/kernel"] = (base["embed_tokens/embedding"].T if config.tie_word_embeddings else base["lm_head/kernel"]) + 0.1
+    head = base["embed_tokens/embedding"].T if config.tie_word_embeddings else base["lm_head/kernel"]
+    by_hand["lm_head/kernel"] = head + 0.1
     by_hand["layers/mlp/up_proj/kernel"] = base["layers/mlp/up_proj/kernel"].at[0].add(0.1)
     for path in ("layers/input_layernorm/weight", "layers/post_attention_layernorm/weight", "norm/weight"):
         by_hand[path] = base[path] + 0.1
-    from qtjax.tree import unflatten
-
     overlay = overlay.replace(params=unflatten(moved))
     expected = logits(unflatten(by_hand), None, PLAIN)
     np.testing.assert_allclose(logits(params, overlay, config), expected, rtol=2e-4, atol=2e-4)
@@ -176,5 +177,5 @@ def test_counts_and_refusals_of_modules_to_save():
     assert abstract_overlay("lora", PLAIN, r=2, modules_to_save="lm_head").trainable_count == plain + 61 * 32
     with pytest.raises(QtjaxError, match="model.layers.0.self_attn.k_proj has a bias, whose copy is not supported"):
         abstract_overlay("lora", CONFIG, target_modules="q_proj", modules_to_save=["k_proj"])
-    with pytest.raises(QtjaxError, match="two overlays both set|give init_overlay its params|not known"):
+    with pytest.raises(QtjaxError, match=r"weights \(lm_head/kernel\): give init_overlay its params"):
         init_overlay("lora", PLAIN, None, KEY, modules_to_save=["lm_head"])

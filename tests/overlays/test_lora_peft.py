@@ -29,21 +29,29 @@ BASES = {
 ADAPTERS = {
     "embedding-head": dict(r=3, lora_alpha=5, target_modules=["q_proj", "embed_tokens", "lm_head"]),
     "head": dict(r=4, lora_alpha=4, target_modules=["lm_head"], use_rslora=True, modules_to_save=["embed_tokens"]),
-    "saved": dict(r=2, target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head", "norm", "1.mlp.down_proj", "k_proj"]),
+    "saved": dict(
+        r=2, target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head", "norm", "1.mlp.down_proj", "k_proj"]
+    ),
     "saved-some-norms": dict(r=2, target_modules=["o_proj"], modules_to_save=["2.input_layernorm", "embed_tokens"]),
     "dora": dict(use_dora=True, r=4, lora_alpha=8, target_modules="all-linear"),
     "dora-patterns": dict(
         use_dora=True, r=4, lora_alpha=6, target_modules=["v_proj", "gate_proj", "down_proj"], layers_to_transform=[0, 2],
-        rank_pattern={r"layers\.0\.mlp\.gate_proj": 2, "v_proj": 3}, alpha_pattern={"down_proj": 9}, modules_to_save=["lm_head"],
+        rank_pattern={r"layers\.0\.mlp\.gate_proj": 2, "v_proj": 3}, alpha_pattern={"down_proj": 9},
+        modules_to_save=["lm_head"],
     ),
 }  # fmt: skip
 INITS = {
-    "pissa": dict(r=4, lora_alpha=6, init_lora_weights="pissa", target_modules=["q_proj", "down_proj", "lm_head", "embed_tokens"]),
+    "pissa": dict(
+        r=4, lora_alpha=6, init_lora_weights="pissa", target_modules=["q_proj", "down_proj", "lm_head", "embed_tokens"]
+    ),
     "pissa-subspace": dict(r=3, init_lora_weights="pissa_niter_4", use_rslora=True, rank_pattern={"up_proj": 2}),
     "olora": dict(r=4, lora_alpha=4, init_lora_weights="olora", alpha_pattern={"v_proj": 7}, lora_dropout=0.1),
     "olora-full-rank": dict(r=24, lora_alpha=12, init_lora_weights="olora", target_modules=["up_proj", "o_proj"]),
     "orthogonal": dict(r=4, init_lora_weights="orthogonal", layers_to_transform=[0, 2], target_modules=["q_proj"]),
-    "dora-pissa": dict(use_dora=True, r=4, lora_alpha=10, init_lora_weights="pissa", layers_to_transform=[1], target_modules=["k_proj", "up_proj"]),
+    "dora-pissa": dict(
+        use_dora=True, r=4, lora_alpha=10, init_lora_weights="pissa", layers_to_transform=[1],
+        target_modules=["k_proj", "up_proj"],
+    ),
 }
 IDS = np.random.default_rng(3).integers(3, 37, (2, 14))
 MASK = np.ones_like(IDS)
@@ -133,10 +141,11 @@ def test_peft_saves_and_qtjax_loads(base, name, tmp_path):
     value, gradient = jax.value_and_grad(loss_of(config, params, overlay))(overlay.params)
     assert abs(float(value) - their_loss.item()) <= 1e-5
     ours = adapter_state_dict(overlay.replace(params=gradient))
-    theirs = {
-        k.replace(".modules_to_save.default", "").replace("vector.default.weight", "vector").replace(".default", ""): w.grad.numpy()
-        for k, w in model.named_parameters() if w.requires_grad
-    }  # fmt: skip
+    theirs = {}
+    for key, weight in model.named_parameters():
+        if weight.requires_grad:
+            key = key.replace(".modules_to_save.default", "").replace("vector.default.weight", "vector")
+            theirs[key.replace(".default", "")] = weight.grad.numpy()
     assert set(theirs) == {key for key in ours if "base_layer" not in key}
     for key, reference in theirs.items():
         assert np.linalg.norm(ours[key] - reference) <= 1e-3 * np.linalg.norm(reference), key
@@ -145,7 +154,7 @@ def test_peft_saves_and_qtjax_loads(base, name, tmp_path):
 
 @pytest.mark.parametrize("name", [*ADAPTERS, *INITS])
 def test_qtjax_trains_and_peft_loads(base, name, tmp_path):
-    """init -> moved trainables -> save_adapter -> peft loads it on the untouched base with no warning and the same logits."""
+    """init -> moved trainables -> save_adapter -> peft loads it on the untouched base, no warning, same logits."""
     folder, config, params = base
     fields = (ADAPTERS | INITS)[name]
     fresh = init_overlay(method_of(fields), config, params, jax.random.key(5), **fields)
@@ -175,7 +184,8 @@ def test_initial_factors_are_peft_s(base, name, tmp_path):
     if config.tie_word_embeddings and "lm_head" in fields.get("target_modules", ()):
         return  # peft changes the tied tensor before it reads it again
     ours = adapter_state_dict(init_overlay(method_of(fields), config, params, jax.random.key(5), **fields))
-    model = peft.get_peft_model(torch_base(folder), peft.LoraConfig(task_type="CAUSAL_LM", **({"target_modules": "all-linear"} | fields)))
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", **({"target_modules": "all-linear"} | fields))
+    model = peft.get_peft_model(torch_base(folder), settings)
     theirs = {k: v.detach().numpy() for k, v in peft.get_peft_model_state_dict(model).items()}
     keys = [key for key in theirs if key.endswith("lora_A.weight")]
     assert keys
