@@ -47,7 +47,7 @@ CASES = {
     "fourierft-regex": ("llama", "fourierft", "FourierFTConfig", dict(
         n_frequency=60, scaling=40.0, target_modules=r".*layers\.1\..*_proj")),
     "vera": ("mistral", "vera", "VeraConfig", dict(r=9, target_modules=SOME, save_projection=False, projection_prng_key=5)),
-    "vera-saved": ("llama", "vera", "VeraConfig", dict(r=70, target_modules=r".*layers\.1\.mlp.*", d_initial=0.3)),
+    "vera-saved": ("llama", "vera", "VeraConfig", dict(r=70, target_modules=r".*layers\.1\.mlp\..*_proj", d_initial=0.3)),
     "vblora": ("mistral", "vblora", "VBLoRAConfig", dict(r=3, num_vectors=7, vector_length=8, topk=2, target_modules=SOME)),
     "vblora-topk": ("llama", "vblora", "VBLoRAConfig", dict(
         r=2, num_vectors=7, vector_length=8, topk=3, save_only_topk_weights=True, target_modules=SOME,
@@ -104,6 +104,7 @@ def test_peft_and_qtjax_read_each_other(bases, name, tmp_path):
         warnings.simplefilter("ignore")  # VeRA without projections warns that it relies on the seed
         model = peft.get_peft_model(torch_base(folder), getattr(peft, config_class)(task_type="CAUSAL_LM", **settings)).eval()
     own = [(k.replace(".default", ""), w) for k, w in model.named_parameters() if w.requires_grad]
+    own = [("base_model.vblora_vector_bank" if "bank" in k else k, w) for k, w in own]  # named after the first module
     scale = {"loha": 0.4, "lokr": 0.4, "fourierft": 3.0, "vera": 1.0, "vblora": 1.0}[method]
     with torch.no_grad():
         for key, weight in own:
@@ -128,7 +129,7 @@ def test_peft_and_qtjax_read_each_other(bases, name, tmp_path):
     print(f"{name}: logits {np.abs(np.asarray(logits) - expected)[REAL].max():.1e} gradient {worst:.1e}")
 
     made = randomized(init_overlay(method, config, params, jax.random.key(0), **settings), **LARGE)
-    assert made.spec == overlay.spec
+    assert made.spec.sites == overlay.spec.sites  # peft may write the same targets as full names
     (_, logits), _ = run(config, params, made)
     save_adapter(tmp_path / "ours", made, base_model_name=str(folder))
     with warnings.catch_warnings():
