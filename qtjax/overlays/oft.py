@@ -126,7 +126,7 @@ def _projected(upper: Array, eps: float) -> Array:
     """Every block's Q [N, J, b (b - 1) / 2] scaled back to Frobenius norm eps / sqrt(J) where it is longer."""
     square = 2 * jnp.sum(upper * upper, axis=-1, keepdims=True)  # each value stands twice in Q
     limit = eps / math.sqrt(upper.shape[-2])
-    return jnp.where(square > limit**2, upper * (limit * jax.lax.rsqrt(jnp.where(square > 0, square, 1))), upper)
+    return jnp.where(square > limit**2, upper * (limit * jax.lax.rsqrt(jnp.maximum(square, limit**2))), upper)
 
 
 def _expand(spec: OftSpec, params: Tree, frozen: Tree, context: Context) -> Edits:
