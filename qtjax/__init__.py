@@ -2,7 +2,7 @@
 
 from qtjax.checkpoints import adapter_state_dict, load_adapter, load_pretrained, save_adapter, save_pretrained
 from qtjax.models import ModelConfig, apply
-from qtjax.overlays import Overlay, init_overlay, merge
+from qtjax.overlays import Overlay, calibration_error, fit_laplace, init_overlay, merge, predictive
 from qtjax.pruning import select_samples, select_tokens
 from qtjax.scoring import EUScores
 from qtjax.training.score import eu_scores
@@ -13,11 +13,14 @@ __all__ = [
     "Overlay",
     "adapter_state_dict",
     "apply",
+    "calibration_error",
     "eu_scores",
+    "fit_laplace",
     "init_overlay",
     "load_adapter",
     "load_pretrained",
     "merge",
+    "predictive",
     "save_adapter",
     "save_pretrained",
     "select_samples",

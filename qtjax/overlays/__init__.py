@@ -8,6 +8,7 @@ from qtjax.overlays.base import (
     METHODS, Method, Overlay, abstract_overlay, field_names, init_overlay, method_named, overlay_axes, register,
 )  # fmt: skip
 from qtjax.overlays.merge import merge
+from qtjax.overlays.posterior import calibration_error, fit_laplace, predictive
 
 register("lora", lora.METHOD)
 register("qlora", qlora.METHOD)
@@ -35,6 +36,6 @@ register("llama_adapter", llama_adapter.METHOD)
 register("laplace", laplace.METHOD)
 
 __all__ = [
-    "METHODS", "Method", "Overlay", "abstract_overlay", "field_names", "init_overlay", "merge", "method_named", "overlay_axes",
-    "register",
+    "METHODS", "Method", "Overlay", "abstract_overlay", "calibration_error", "field_names", "fit_laplace", "init_overlay",
+    "merge", "method_named", "overlay_axes", "predictive", "register",
 ]  # fmt: skip
