@@ -92,11 +92,11 @@ def _expand(spec: Spec, params: Tree, frozen: Tree, context: Context) -> Edits:
     bank = flat[_BANK]
     for site in spec.sites:
         linear = site.linear
-        # A layer that is not edited has logits of zero, which would mix a piece like any other.
+        # A layer that is not edited has logits of zero, which would mix a piece like any other; its zero up stops that.
         hits = jnp.asarray(site.hits, jnp.float32)[:, None, None]
         a = _mixtures(flat[f"{linear.path}/logits_A"], bank, s.topk)  # [N, R, in/b, b]
         b = _mixtures(flat[f"{linear.path}/logits_B"], bank, s.topk)  # [N, out/b, R, b]
-        down = a.reshape(linear.layers, s.r, linear.inputs).swapaxes(1, 2) * hits
+        down = a.reshape(linear.layers, s.r, linear.inputs).swapaxes(1, 2)
         up = b.swapaxes(1, 2).reshape(linear.layers, s.r, linear.outputs) * hits
         dropped = context.rng is not None and s.vblora_dropout > 0
         keys = layer_keys(context.rng, linear) if dropped else None

@@ -167,6 +167,7 @@ def test_tensors_that_the_settings_do_not_explain_are_refused(folder):
         (dict(lora_alpha=None), "lora_alpha: is missing"),
         (dict(r=400), "r = 400: model.layers.0.self_attn.q_proj is 16 x 16"),
         (dict(peft_type="LOHAA"), "peft_type 'LOHAA' is not supported; did you mean 'LO"),
+        (dict(peft_type="HRA"), "peft_type 'HRA' is not supported"),
         (dict(peft_type=None), "peft_type None is not supported"),
     ],
 )
