@@ -152,7 +152,7 @@ def _run(config: ModelConfig, params: Tree, row: _Row, edits: Edits) -> Array:
 def _run_behind(
     config: ModelConfig, params: Tree, row: _Row, edits: Edits, offset: Array, positions: Array, mask: Array
 ) -> Array:
-    """`_run` with virtual embeddings before the rows: each row's own task's, or all tasks' where its tokens differ in task."""
+    """`_run` with virtual embeddings before the rows: the row's task's, or all tasks' where its tokens differ in task."""
     groups, count = edits.virtual.shape[:2]
     batch, window, same, known = positions.shape[0], config.sliding_window, None, True
     if groups > 1 and row.task_ids is not None and row.task_ids.ndim == 2:
@@ -223,7 +223,7 @@ def apply(
     overlay: Any = None,
     task_ids: Array | None = None,
 ) -> Array:
-    """Logits float32 [B, L, V], jitted; arguments as in `hidden_states`. None at virtual tokens, zeros where nothing is real."""
+    """Logits float32 [B, L, V], jitted; arguments as in `hidden_states`. No virtual tokens; zeros where nothing is real."""
     arrays = (input_ids, attention_mask, position_ids, segment_ids, task_ids)
     ids, mask, _, segment_ids, tasks = arrays = [x if x is None else jnp.asarray(x) for x in arrays]
     if overlay is not None and overlay.tasks:

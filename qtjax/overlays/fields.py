@@ -50,7 +50,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def setting(default: Any, rule: str, choices: Sequence[Any] = ()) -> Any:
-    """A field of a method's dataclass. Rules: those of this file, "targets", "names", "layers", "ids", "pattern:RULE", "choice"."""
+    """A field of a method's dataclass. Rules: of this file, "targets", "names", "layers", "ids", "pattern:RULE", "choice"."""
     return field(default=default, metadata={"rule": rule, "choices": tuple(choices)})
 
 

@@ -97,10 +97,9 @@ def _file(spec: LlamaAdapterSpec, params: Tree, frozen: Tree) -> dict[str, Any] 
 
 
 def _to_peft(spec: LlamaAdapterSpec) -> dict[str, Any]:
-    fields = {"adapter_len": spec.fields.adapter_len, "adapter_layers": spec.fields.adapter_layers, "target_modules": "self_attn"}
-    if spec.fields.gate == "peft":
-        return {"peft_type": _PEFT, **fields}
-    return {"peft_type": _OURS, **fields, "gate": spec.fields.gate}
+    own = spec.fields
+    fields = {"adapter_len": own.adapter_len, "adapter_layers": own.adapter_layers, "target_modules": "self_attn"}
+    return {"peft_type": _PEFT, **fields} if own.gate == "peft" else {"peft_type": _OURS, **fields, "gate": own.gate}
 
 
 METHOD = Method(

@@ -1,4 +1,4 @@
-"""Multitask prompt tuning (Wang et al. 2023, arXiv 2303.02861): one prompt for all tasks, scaled by a low-rank matrix of each.
+"""Multitask prompt tuning (Wang et al. 2023, arXiv 2303.02861): one prompt, scaled by a low-rank matrix of each task.
 
 p_t = P * (cols_t rows_t), elementwise; P [p, D] ~ N(0, 1), cols [T, p, R] and rows [T, R, D] ~ N(0, 0.02^2), as in PEFT
 (the paper starts from distilled prompts). `task_ids` say which task: int [B], or [B, L] where a packed row holds

@@ -59,8 +59,9 @@ def _read(base: Base, given: Mapping[str, Any], strict: bool) -> PromptSpec:
     ids, kind, vocabulary = settings.prompt_tuning_init_ids, settings.prompt_tuning_init, base.config.vocab_size
     if not strict:
         return PromptSpec(dataclasses.replace(settings, prompt_tuning_init="RANDOM" if kind == "TEXT" else kind), sizes)
-    require((kind == "TEXT") == bool(ids), "prompt_tuning_init_ids", ids, f"goes with 'TEXT', got prompt_tuning_init = {kind!r}")
-    require(all(i < vocabulary for i in ids or ()), "prompt_tuning_init_ids", ids, f"the vocabulary has {vocabulary} tokens")
+    name = "prompt_tuning_init_ids"
+    require((kind == "TEXT") == bool(ids), name, ids, f"goes with 'TEXT', got prompt_tuning_init = {kind!r}")
+    require(all(i < vocabulary for i in ids or ()), name, ids, f"the vocabulary has {vocabulary} tokens")
     return PromptSpec(settings, sizes)
 
 

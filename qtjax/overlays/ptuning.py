@@ -92,14 +92,16 @@ def _leaves(spec: PtuningSpec) -> list[Leaf]:
         leaves += _lstm_leaves(width, hidden, spec.fields.encoder_num_layers)
         sizes = [2 * hidden, 2 * hidden, width]
     for n, (inputs, outputs) in enumerate(zip(sizes, sizes[1:])):
-        axes = tuple("embed" if size == width and last else None for size, last in ((inputs, n == 0 and not spec.lstm), (outputs, n == len(sizes) - 2)))
+        first, last = n == 0 and not spec.lstm, n == len(sizes) - 2
+        axes = ("embed" if first else None, "embed" if last else None)
         leaves += dense_leaves(f"mlp_head/{2 * n}", f"{_KEY}.mlp_head.{2 * n}", inputs, outputs, axes)
     return leaves
 
 
 def _one_way(weights: Tree, name: str, x: Array, reverse: bool) -> Array:
     """One direction of one LSTM layer: x [P, in] -> [P, h]."""
-    w_ih, w_hh, b_ih, b_hh = (jnp.asarray(weights[f"{kind}_{name}"]) for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    w_ih, w_hh, b_ih, b_hh = (jnp.asarray(weights[f"{kind}_{name}"]) for kind in kinds)
 
     def step(state: tuple[Array, Array], given: Array) -> tuple[tuple[Array, Array], Array]:
         h, c = state
@@ -157,7 +159,7 @@ METHOD = Method(
     to_peft=lambda spec: {"peft_type": "P_TUNING", **to_peft(spec.fields), **described(spec.sizes)},
     claims=claims("P_TUNING"),
     unmergeable="a prompt is tokens before the row, no weight",
-    draws=lambda spec: spec.lstm and not spec.flat and spec.fields.encoder_dropout > 0 and spec.fields.encoder_num_layers > 1,
+    draws=lambda spec: not spec.flat and spec.lstm and spec.fields.encoder_dropout > 0 and spec.fields.encoder_num_layers > 1,
     file=_file,
     from_file=_from_file,
 )

@@ -61,7 +61,8 @@ def read_tokens(
         own, value = getattr(sizes, name), given.get(name)
         # A caller may give PEFT's fields for a prefix as they are before PEFT rewrites them to the kv heads'.
         unwritten = strict and {"token_dim": config.hidden_size, "num_attention_heads": config.num_attention_heads}.get(name)
-        require(value in (None, own) or value == unwritten, name, value, f"this base model has {own}; it is for another base")
+        fits = value in (None, own) or value == unwritten
+        require(fits, name, value, f"this base model has {own}; it is for another base")
     return settings, sizes
 
 
@@ -100,5 +101,7 @@ def embeddings_of(base: Mapping[str, Any], ids: Array) -> Array:
     """Rows of the base model's embedding table, float32 [n, D]. Raises QtjaxError where only shapes were given."""
     table = base.get("embed_tokens/embedding")
     if table is None or isinstance(table, jax.ShapeDtypeStruct):
-        raise QtjaxError("prompt_tuning_init: starts from the base model's embeddings: give init_overlay its params, or use 'RANDOM'")
+        raise QtjaxError(
+            "prompt_tuning_init: starts from the base model's embeddings: give init_overlay its params, or use 'RANDOM'"
+        )
     return jnp.take(jnp.asarray(table), ids, axis=0).astype(jnp.float32)

@@ -113,7 +113,8 @@ def test_peft_saves_and_qtjax_loads(base, name, tmp_path):
 
     def ours(key):
         key = key.replace("default.", "")
-        plain = {"prompt_encoder.embedding.weight": "prompt_embeddings"} if name in ("prompt", "mpt") or name.startswith("prefix-l") or name == "prefix" else {}
+        raw_prompt = method in ("prompt", "mpt") or (method == "prefix" and name != "prefix-mlp")
+        plain = {"prompt_encoder.embedding.weight": "prompt_embeddings"} if raw_prompt else {}
         return plain.get(key, key.removeprefix("prompt_encoder.") if "prefix_task" in key else key)
 
     theirs, raw = ({ours(k): v for k, v in tree.items()} for tree in (theirs, raw))
@@ -158,10 +159,9 @@ def test_qtjax_saves_and_peft_loads(base, name, tmp_path):
     fresh = peft.get_peft_model(torch_base(folder), getattr(peft, kind)(task_type="CAUSAL_LM", **fields))
     fresh.save_pretrained(tmp_path / "theirs")
     ours, theirs = (json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("ours", "theirs"))
-    assert {k: theirs[k] for k in ours if k != "base_model_name_or_path"} == {k: v for k, v in ours.items() if k != "base_model_name_or_path"}
-    mine, made = (sum(v.size for v in jax.tree.leaves(o.params)) for o in (overlay, init_overlay(method, config, params, jax.random.key(0), **fields)))
-    counted = sum(w.numel() for w in fresh.parameters() if w.requires_grad)
-    assert overlay.trainable_count == counted and mine == made
+    del ours["base_model_name_or_path"]
+    assert {k: theirs[k] for k in ours} == ours
+    assert overlay.trainable_count == sum(w.numel() for w in fresh.parameters() if w.requires_grad)
     shutil.rmtree(tmp_path / "theirs")
 
 
