@@ -1,5 +1,10 @@
 """Laws that hold for every overlay, whatever its method: folding, files, sharding names, gradients, compilation."""
 
+import json
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +12,7 @@ import pytest
 from tests.overlays.cases import SMALL, TASKS
 
 from qtjax import models
-from qtjax.checkpoints import adapter_state_dict, load_adapter, load_pretrained, save_adapter
+from qtjax.checkpoints import adapter_state_dict, load_adapter, load_pretrained, save_adapter, save_pretrained
 from qtjax.errors import QtjaxError
 from qtjax.overlays import METHODS, abstract_overlay, init_overlay, merge, method_named, overlay_axes
 from qtjax.tree import flatten, unflatten
@@ -149,3 +154,33 @@ def test_every_trained_array_learns_without_recompiling(params, name):
     assert float(second) < float(first) and len(traces) == 1
     for path, slope in flatten(gradient).items():
         assert np.isfinite(slope).all() and np.abs(slope).max() > 0, path
+
+
+@pytest.mark.slow
+def test_on_eight_devices_every_method_computes_the_same():
+    """Sharded by its base leaves' axes over data, fsdp and tensor: loss within 1e-5, gradients within 1e-4 of their norm."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.overlays.eight_devices"],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}, capture_output=True, text=True, timeout=1500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.split("RESULT")[1])
+    assert set(found) == set(NAMES)
+    for name, row in found.items():
+        assert row["loss"] <= 1e-5 and row["gradient"] <= 1e-4, (name, row)
+    assert all(found[name]["sharded"] for name in ("lora", "dora", "loha", "bitfit", "houlsby"))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", [n for n in NAMES if not method_named(n).unmergeable])
+def test_merged_and_exported_it_loads_in_transformers(params, name, tmp_path):
+    """save_pretrained of the merged model: transformers' logits are those of the overlay, within 2e-4."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    overlay = trained(made(name, params))
+    expected = logits(name, overlay, params)
+    for rows, config, merged in folded(name, CONFIG, params, overlay):
+        save_pretrained(tmp_path / "merged", config, merged)
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+        with torch.no_grad():
+            theirs = model(torch.tensor(np.asarray(IDS))).logits.numpy()
+        assert np.abs(theirs - expected)[rows].max() <= 2e-4 * max(1, np.abs(expected).max() / 10)
