@@ -146,8 +146,8 @@ def test_peft_saves_qtjax_loads_and_back(base, name, tmp_path):
     close(logits(config, params, moved), torch_logits(theirs))
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.filterwarnings("ignore:Unsupported layer type.*RMSNorm")  # of every norm that peft tunes, its own too
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("name", ["ia3", "ia3-names", "oft", "boft-butterfly", "ln"])
 def test_what_was_made_here_loads_in_peft_without_a_warning(base, name, tmp_path):
     """init -> other values -> save: peft reads the settings made here, defaults included, and computes the same."""
