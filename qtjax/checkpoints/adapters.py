@@ -66,25 +66,20 @@ def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") 
     spec, conversion = own.saved_spec(overlay.spec, host[0]), own.conversion(overlay.spec)
     theirs = conversion.file(*host) if conversion is not None else _peft_file(own, spec, *host)
     files = {WEIGHTS: trained} if theirs is None else {TRAINABLE: trained} | ({WEIGHTS: theirs} if theirs else {})
-    fields = {
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model_name or None,
-        "revision": None,
-        "inference_mode": True,
-        **own.to_peft(spec),
-    }
+    common = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_model_name or None, "revision": None, "inference_mode": True}
+    fields = common | own.to_peft(spec)
     if jax.process_index() != 0:
         return
     with disk_errors(folder, "making the folder"):
         folder.mkdir(parents=True, exist_ok=True)
     for part, part_config in own.parts(spec).items():
-        _write_part(folder / part, files[WEIGHTS], f"{part}/", fields | part_config)
+        _write_part(folder / part, files[WEIGHTS], f"{part}/", common | part_config)
     # The weights first: to every reader a folder without its config is no adapter.
     notes = {"format": "pt"}
     for name in (WEIGHTS, TRAINABLE):
         if name in files:
-            own_tensors = {k: _plain(v) for k, v in files[name].items() if not k.startswith(tuple(f"{p}/" for p in own.parts(spec)))}
-            data = save(own_tensors, metadata=notes)
+            elsewhere = tuple(f"{part}/" for part in own.parts(spec))
+            data = save({k: _plain(v) for k, v in files[name].items() if not k.startswith(elsewhere)}, metadata=notes)
             write_atomic(folder / name, data)
             notes = notes | {_SHA: hashlib.sha256(data).hexdigest()}
             notes |= {} if conversion is None else {_RAW: json.dumps(conversion.settings)}

@@ -127,7 +127,9 @@ class MLP(nn.Module):
         c = self.config
         gate = Linear(c, c.intermediate_size, c.mlp_bias, name="gate_proj")(x)
         up = Linear(c, c.intermediate_size, c.mlp_bias, name="up_proj")(x)
-        return Linear(c, c.hidden_size, c.mlp_bias, name="down_proj")(_ACTIVATIONS[c.hidden_act](gate) * up)
+        # In float32, which fuses into one pass and rounds once instead of three times in 16 bits.
+        inner = _ACTIVATIONS[c.hidden_act](gate.astype(jnp.float32)) * up.astype(jnp.float32)
+        return Linear(c, c.hidden_size, c.mlp_bias, name="down_proj")(inner.astype(x.dtype))
 
 
 class Layer(nn.Module):

@@ -21,7 +21,7 @@ from jax.tree_util import Partial
 from qtjax.errors import QtjaxError
 from qtjax.models import Edits, LinearEdit
 from qtjax.overlays.base import Base, Context, Method
-from qtjax.overlays.fields import Targeted, read_fields, setting, to_peft
+from qtjax.overlays.fields import Named, read_fields, setting, to_peft
 from qtjax.overlays.leaves import Leaf, uniform, zeros
 from qtjax.overlays.sites import Spec, claims, linears_of, needs, resolve_sites
 from qtjax.tree import Tree, flatten, unflatten
@@ -30,7 +30,7 @@ _EPS = 1e-12  # PEFT's, in the normalisation of the gates
 
 
 @dataclass(frozen=True)
-class PolyFields(Targeted):
+class PolyFields(Named):
     """r: rank of a skill; n_tasks, n_skills, n_splits; init_weights: B starts at zero."""
 
     r: int = setting(8, "int>0")

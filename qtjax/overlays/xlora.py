@@ -7,6 +7,7 @@ factors. As in PEFT 0.21, whose first pass leaves the adapters out whatever scal
 What PEFT saves of it is incomplete (it drops classifier layers); qtjax writes classifier and experts in full.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,7 +63,6 @@ class XLoraSpec:
     """Settings, and the spec of each expert."""
 
     fields: XLoraFields
-    width: int
     experts: tuple[LoraSpec, ...]
 
     @property
@@ -94,7 +94,7 @@ def _read(base: Base, fields: Mapping[str, Any], strict: bool) -> XLoraSpec:
     top = settings.top_k_lora
     require(top is None or top <= count, "top_k_lora", top, f"there are {count} experts")
     require(not settings.enable_softmax_topk or top is not None, "enable_softmax_topk", True, "needs top_k_lora")
-    return XLoraSpec(settings, width, experts)
+    return XLoraSpec(dataclasses.replace(settings, hidden_size=width), experts)
 
 
 def _experts(base: Base, fields: Mapping[str, Any]) -> tuple[LoraSpec, ...]:
@@ -121,7 +121,7 @@ def _classifier(spec: XLoraSpec) -> list[tuple[int, int, int]]:
     """(number in PEFT's Sequential, inputs, outputs) of every dense layer; ReLU and a dropout above 0 count there too."""
     f = spec.fields
     outputs = len(spec.experts) * (len(spec.modules) if f.layerwise_scalings else 1)
-    sizes = [spec.width, *[f.xlora_size] * (f.xlora_depth - 1), outputs]
+    sizes = [f.hidden_size, *[f.xlora_size] * (f.xlora_depth - 1), outputs]
     step = 3 if f.xlora_dropout_p > 0 else 2
     return [(i * step, a, b) for i, (a, b) in enumerate(zip(sizes, sizes[1:]))]
 
@@ -191,8 +191,7 @@ def _expand(spec: XLoraSpec, params: Tree, frozen: Tree, context: Context) -> Ed
 
 def _to_peft(spec: XLoraSpec) -> dict[str, Any]:
     adapters = {str(i): f"expert_{i}" for i in range(len(spec.experts))}
-    fields = to_peft(spec.fields) | {"hidden_size": spec.width}
-    return {"peft_type": "XLORA", "adapters": adapters, "scaling_pass_value": 0.0, **fields}
+    return {"peft_type": "XLORA", "adapters": adapters, "scaling_pass_value": 0.0, **to_peft(spec.fields)}
 
 
 METHOD = Method(

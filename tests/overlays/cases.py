@@ -30,7 +30,7 @@ SMALL: dict[str, dict] = {
     "adalora": {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1, "total_step": 20}, "ia3": {}, "oft": {"oft_block_size": 4},
     "boft": {"boft_block_size": 4, "boft_n_butterfly_factor": 2}, "vera": {"r": 6}, "fourierft": {"n_frequency": 20},
     "vblora": {"r": 2, "num_vectors": 8, "vector_length": 8}, "poly": {"r": 2, "n_tasks": 3, "n_skills": 2, "n_splits": 2},
-    "xlora": {"adapters": 3, "r": 2, "use_trainable_adapters": True}, "ln_tuning": {}, "bitfit": {}, "diffprune": {}, "houlsby": {"bottleneck": 4},
+    "xlora": {"adapters": 3, "r": 2, "use_trainable_adapters": True}, "ln_tuning": {}, "bitfit": {}, "diffprune": {"alpha_init": 0.5}, "houlsby": {"bottleneck": 4},
     "prompt": {"num_virtual_tokens": 3}, "ptuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
     "mpt": {"num_virtual_tokens": 3, "num_tasks": 3, "num_ranks": 1}, "prefix": {"num_virtual_tokens": 3},
     "llama_adapter": {"adapter_len": 3, "adapter_layers": 1}, "laplace": {"r": 4},

@@ -13,6 +13,9 @@ from tests.overlays.cases import SMALL, TASKS
 
 from qtjax import models
 from qtjax.checkpoints import adapter_state_dict, load_adapter, load_pretrained, save_adapter, save_pretrained
+from qtjax.config import DataSection
+from qtjax.data.prepare import held_out_data
+from qtjax.data.tokenizer import load_tokenizer
 from qtjax.errors import QtjaxError
 from qtjax.overlays import METHODS, abstract_overlay, init_overlay, merge, method_named, overlay_axes
 from qtjax.tree import flatten, unflatten
@@ -22,6 +25,7 @@ CONFIG = models.ModelConfig(
     num_key_value_heads=2, head_dim=8, initializer_range=0.2,
 )  # fmt: skip
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 11)))
+WEAK = {"adalora": 0.08, "vera": 0.08, "vblora": 0.05}  # noise where 0.03 moves no logit
 STACKS = ["lora+ln_tuning"] if "ln_tuning" in METHODS else []
 NAMES = [name for name in METHODS if name != "qlora"] + STACKS  # qlora is lora over a quantised base: test_qlora.py
 
@@ -49,8 +53,8 @@ def tasks_of(name):
     return jnp.asarray([0, 1, 2]) if set(name.split("+")) & set(TASKS) else None
 
 
-def logits(name, overlay, params, config=CONFIG):
-    return np.asarray(models.apply(config, params, IDS, overlay=overlay, task_ids=tasks_of(name)), np.float64)
+def logits(name, overlay, params, config=CONFIG, ids=IDS):
+    return np.asarray(models.apply(config, params, ids, overlay=overlay, task_ids=tasks_of(name)), np.float64)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -76,21 +80,25 @@ def folded(name, config, params, overlay):
     return [(slice(i, i + 1), *merge(config, params, overlay, task_id=i)) for i in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in NAMES if not method_named(n).unmergeable])
 def test_in_bfloat16_both_are_near_float32(name):
     """Overlay and merged model, computed in bfloat16, are each within 2^-6 of the largest float32 logit.
 
-    On the embedded model, whose own bfloat16 error is 0.6 of that: a random tiny one has errors of its own beyond it.
+    On the embedded model and its data: its own bfloat16 error is 0.56 of that, while a random tiny model's is beyond it.
+    The noise is such that the adapter moves logits by more than the bar.
     """
     config, params = load_pretrained("smol")
-    overlay = trained(made(name, params, config), scale=0.015)
-    full = logits(name, overlay, params, config)
+    data = held_out_data(DataSection(path="smol-instruct", eval_path="smol-instruct"), load_tokenizer("smol"), progress=False)
+    ids = jnp.asarray(np.stack([ids[:32] for ids in (data.sample(i)[0] for i in range(200)) if len(ids) >= 32][:3]))
+    overlay = trained(made(name, params, config), scale=WEAK.get(name, 0.03))
+    full = logits(name, overlay, params, config, ids)
     bar = np.abs(full).max() * 2**-6
-    assert np.abs(full - logits(name, None, params, config)).max() > bar
+    assert np.abs(full - logits(name, None, params, config, ids)).max() > bar
     half = {"dtype": "bfloat16"}
-    assert np.abs(logits(name, overlay, params, config.replace(**half)) - full).max() <= bar
+    assert np.abs(logits(name, overlay, params, config.replace(**half), ids) - full).max() <= bar
     for rows, own, merged in folded(name, config, params, overlay):
-        assert np.abs(np.asarray(models.apply(own.replace(**half), merged, IDS), np.float64) - full)[rows].max() <= bar
+        assert np.abs(np.asarray(models.apply(own.replace(**half), merged, ids), np.float64) - full)[rows].max() <= bar
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,7 +14,7 @@ from qtjax import models
 from qtjax.checkpoints import adapter_state_dict, load_adapter, load_pretrained, save_adapter
 from qtjax.overlays import abstract_overlay, init_overlay, merge, method_named
 
-pytestmark = pytest.mark.shared
+pytestmark = [pytest.mark.shared, pytest.mark.slow]
 
 
 def close_logits(got, expected, real):
