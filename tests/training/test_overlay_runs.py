@@ -1,0 +1,169 @@
+"""Whole runs with overlays: every method by its name in the config, its own rule and state, experts, tasks, calibration."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from qtjax.checkpoints import load_adapter
+from qtjax.data.prepare import training_rows
+from qtjax.errors import QtjaxError
+from qtjax.overlays import METHODS
+from qtjax.training import story
+from qtjax.training.loop import Loop
+from qtjax.training.restore import load_run
+from qtjax.training.run_folder import read_metrics
+from qtjax.training.setup import overlay_fields
+from qtjax.tree import flatten
+
+QUIET = Console(quiet=True)
+SMALL = {
+    "adalora": "init_r=4 target_r=2 tinit=1 tfinal=2 deltaT=1", "oft": "oft_block_size=8", "boft": "boft_block_size=4", "vera": "r=8",
+    "fourierft": "n_frequency=40", "vblora": "num_vectors=8 vector_length=8 r=2", "houlsby": "bottleneck=4", "prompt": "num_virtual_tokens=4",
+    "ptuning": "num_virtual_tokens=4 encoder_hidden_size=8", "mpt": "num_virtual_tokens=4", "prefix": "num_virtual_tokens=4",
+    "llama_adapter": "adapter_len=4 adapter_layers=1", "poly": "r=2 n_skills=2", "xlora": "adapters=2 r=2",
+}  # fmt: skip
+
+
+@pytest.fixture
+def config_of(tiny_config):
+    def make(method, **changes):
+        fields = {"overlay.method": method, "overlay.fields": SMALL.get(method, ""), "train.epochs": 1.0, "train.shapes": 1}
+        return tiny_config(**(fields | changes))
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("lora", "xlora", "adalora", "laplace")])
+def test_every_method_trains_by_its_name(config_of, method):
+    """A run under Q-Tuning ends, its adapter moved, stands in the run folder, loads again and computes what the run had."""
+    config = config_of(method, **{"run.export": True, "model.quantization": "nf4" if method == "qlora" else "none"})
+    summary = story.run(config, QUIET, quiet=True)
+    assert summary["steps"] == 3 and np.isfinite(summary["evaluation"]["after"]["loss"])
+    _, model_config, params, trained = load_run(config.run.folder)
+    loaded = load_adapter(Path(config.run.folder) / "model", model_config, params)
+    assert summary["trained_values"] == trained.trainable_count
+    moved = [np.abs(np.asarray(x)).max() for x in jax.tree.leaves(trained.params)]
+    assert max(moved) > 0
+    if loaded.method == method:
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, trained.params)
+
+
+def test_adalora_prunes_on_schedule_and_resumes_bitwise(config_of, tmp_path, monkeypatch):
+    """Its penalty is logged, its ranks fall to the budget, and a run that crashed keeps its averages and its masks."""
+    whole = config_of("adalora", **{"train.epochs": 2.0, "run.folder": str(tmp_path / "whole"), "data.eval_fraction": 0.0})
+    story.run(whole, QUIET, quiet=True)
+    assert all(m["penalty"] > 0 for m in read_metrics(whole.run.folder))
+    broken = config_of("adalora", **{"train.epochs": 2.0, "run.folder": str(tmp_path / "broken"), "data.eval_fraction": 0.0})
+    true_step = Loop.step
+
+    def step(self, number, last):
+        if number == 5:
+            raise RuntimeError("power cut")
+        return true_step(self, number, last)
+
+    monkeypatch.setattr(Loop, "step", step)
+    with pytest.raises(RuntimeError):
+        story.run(broken, QUIET, quiet=True)
+    monkeypatch.setattr(Loop, "step", true_step)
+    story.run(broken, QUIET, quiet=True)
+    trees = [flatten(load_run(c.run.folder)[3].params) for c in (whole, broken)]
+    for path in trees[0]:
+        np.testing.assert_array_equal(trees[0][path], trees[1][path], err_msg=path)
+    importance = [np.asarray(v) for path, v in trees[0].items() if path.endswith("lora_E")]
+    assert sum((e != 0).sum() for e in importance) <= 2 * sum(e.shape[0] for e in importance)
+
+
+@pytest.mark.slow
+def test_xlora_trains_its_experts_first_and_resumes(config_of, monkeypatch):
+    """Two experts on a half of the rows each, then the classifier over them, frozen; a stop in between loses nothing."""
+    config = config_of("xlora", **{"run.export": True})
+    true_step, calls = Loop.step, []
+
+    def step(self, number, last):
+        calls.append(self.config.overlay.method)
+        if calls.count("xlora") == 1:
+            raise RuntimeError("power cut")
+        return true_step(self, number, last)
+
+    monkeypatch.setattr(Loop, "step", step)
+    with pytest.raises(RuntimeError):
+        story.run(config, QUIET, quiet=True)
+    assert calls.count("lora") == 2 * 2
+    monkeypatch.setattr(Loop, "step", true_step)
+    summary = story.run(config, QUIET, quiet=True)
+    folder = Path(config.run.folder)
+    _, model_config, params, overlay = load_run(folder)
+    assert summary["steps"] == 3 and set(flatten(overlay.params)) == {"classifier/0/kernel", "classifier/0/bias"}
+    again = load_adapter(folder / "model", model_config, params)
+    for i in range(2):
+        expert = load_adapter(folder / "experts" / str(i) / "model", model_config, params)
+        for path, value in flatten(expert.params).items():
+            np.testing.assert_array_equal(flatten(again.frozen)[f"expert_{i}/{path}"], value)
+    rows = [training_rows(config.data.__class__(path=config.data.path, eval_fraction=0.0, part=f"{k}/2")) for k in (1, 2)]
+    assert not set(rows[0].index) & set(rows[1].index) and len(rows[0]) + len(rows[1]) == 60
+
+
+@pytest.mark.slow
+def test_laplace_reports_calibration(config_of):
+    """After training the posterior is fitted, calibration stands in the summary before and after, the folder holds it."""
+    summary = story.run(config_of("laplace", **{"run.export": True, "overlay.target_modules": "q_proj,v_proj"}), QUIET, quiet=True)
+    found = summary["calibration"]
+    assert found["rows"] > 0 and found["classes"] >= 2 and found["prior_precision"] > 0
+    for when in ("before", "after"):
+        assert 0 <= found[when]["calibration_error"] <= 1 and np.isfinite(found[when]["nll"])
+    assert (Path(summary["model_folder"]) / "qtjax_trainable.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_tasks_come_from_a_column(config_of, tmp_path):
+    """data.task_column and task_names choose each row's task in training and evaluation; without them several tasks are refused."""
+    rows = tmp_path / "tasks.jsonl"
+    kinds = ["say", "count"]
+    rows.write_text("".join(json.dumps({"prompt": f"{i} {kinds[i % 2]} red", "completion": "blue sun", "kind": kinds[i % 2]}) + "\n" for i in range(60)))
+    given = {"data.path": str(rows), "overlay.fields": "r=2 n_skills=2 n_tasks=2", "eval.generate_samples": 4}
+    config = config_of("poly", **given, **{"data.task_column": "kind", "data.task_names": "say,count"})
+    summary = story.run(config, QUIET, quiet=True)
+    assert np.isfinite(summary["evaluation"]["after"]["loss"]) and summary["evaluation"]["generated"] == 4
+    overlay = load_run(config.run.folder)[3]
+    moved = np.asarray(overlay.params["layers"]["self_attn"]["q_proj"]["module_logits"])
+    assert np.abs(moved).max(axis=(0, 2)).min() > 2e-3  # both tasks' routers have learned
+    for changes, message in (
+        ({}, "data.task_column = ''"),
+        ({"data.task_column": "sort"}, "has no 'sort'"),
+        ({"data.task_column": "kind"}, "must be a task id"),
+        ({"data.task_column": "kind", "data.task_names": "say"}, "is none of data.task_names"),
+    ):
+        with pytest.raises(QtjaxError, match=message) as error:
+            story.run(config_of("poly", **given, **changes, **{"run.folder": str(tmp_path / "other")}), QUIET, quiet=True)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"overlay.method": "lroa"}, "overlay method 'lroa': not known; did you mean 'lora'"),
+    ({"overlay.method": "ia3", "overlay.r": 4}, "ia3 has no field 'r'"),
+    ({"overlay.method": "adalora", "overlay.fields": "init_rr=4"}, "adalora has no field 'init_rr'; did you mean 'init_r'"),
+    ({"overlay.method": "lora", "overlay.fields": "rank 4"}, "'rank' is no name=value"),
+    ({"overlay.method": "lora", "overlay.r": 64}, "r = 64: model.layers.0.self_attn.q_proj is 32 x 32"),
+    ({"overlay.method": "lora+lora"}, "names the same method twice"),
+    ({"overlay.method": "qlora"}, "qlora: the base model's kernels are not quantised"),
+    ({"model.quantization": "nf4"}, "full-parameter training cannot update quantised kernels"),
+    ({"overlay.method": "xlora", "overlay.fields": "adapters=0"}, "adapters = 0"),
+])  # fmt: skip
+def test_a_mistake_in_the_overlay_is_said_before_anything_is_loaded(tiny_config, changes, message):
+    """One line: what, the rule, near names."""
+    with pytest.raises(QtjaxError, match=message) as error:
+        story.run(tiny_config(**changes), QUIET, quiet=True)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_come_from_the_config_by_name(tiny_config):
+    """overlay.fields is read in JSON where it is JSON; what stays at 0 or empty is left to the method."""
+    section = tiny_config(**{"overlay.method": "lora", "overlay.fields": 'use_rslora=true rank_pattern={"q_proj":4} target_modules=["v_proj"]'}).overlay
+    assert overlay_fields(section, 9) == {"use_rslora": True, "rank_pattern": {"q_proj": 4}, "target_modules": ["v_proj"]}
+    section = tiny_config(**{"overlay.method": "adalora", "overlay.lora_alpha": 4.0}).overlay
+    assert overlay_fields(section, 9) == {"total_step": 9, "lora_alpha": 4.0}
