@@ -65,7 +65,8 @@ def check_overlay(config: Config, shape: models.ModelConfig) -> Overlay:
     fields = overlay_fields(config.overlay, 1)
     if method_named(config.overlay.method).in_parts:
         fields["adapters"] = len(expert_folders(config))
-    return abstract_overlay(config.overlay.method, shape, **fields)
+    quantization = None if config.model.quantization == "none" else config.model.quantization
+    return abstract_overlay(config.overlay.method, shape.replace(quantization=quantization), **fields)
 
 
 def expert_folders(config: Config) -> list[str]:
