@@ -75,14 +75,13 @@ def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") 
     for part, part_config in own.parts(spec).items():
         _write_part(folder / part, files[WEIGHTS], f"{part}/", common | part_config)
     # The weights first: to every reader a folder without its config is no adapter.
-    notes = {"format": "pt"}
+    notes: dict[str, Any] = {}
     for name in (WEIGHTS, TRAINABLE):
         if name in files:
             elsewhere = tuple(f"{part}/" for part in own.parts(spec))
-            data = save({k: _plain(v) for k, v in files[name].items() if not k.startswith(elsewhere)}, metadata=notes)
+            data = save({k: _plain(v) for k, v in files[name].items() if not k.startswith(elsewhere)}, metadata=_metadata(name, notes))
             write_atomic(folder / name, data)
-            notes = notes | {_SHA: hashlib.sha256(data).hexdigest()}
-            notes |= {} if conversion is None else {_RAW: json.dumps(conversion.settings)}
+            notes = {_SHA: hashlib.sha256(data).hexdigest()} | ({} if conversion is None else {_RAW: conversion.settings})
         else:
             (folder / name).unlink(missing_ok=True)
     # Fields in the order given: of overlapping patterns the first wins, so sorting keys would change scales.
@@ -136,7 +135,7 @@ def load_adapter(path: str | Path, config: models.ModelConfig, params: Tree | No
     if parts:
         peft_config = {**peft_config, "parts": [_read_config(part) for part in parts]}
     try:
-        spec = own.read(base, json.loads(notes[_RAW]) if _RAW in notes else peft_config, False)
+        spec = own.read(base, notes[_RAW] if _RAW in notes else peft_config, False)
     except QtjaxError as error:
         raise QtjaxError(f"{folder / CONFIG}: {error}") from None
     name, derived = _file_to_read(folder, own, spec, _RAW in notes)
@@ -257,13 +256,18 @@ def read_safetensors(file: Path) -> dict[str, np.ndarray]:
         ) from None
 
 
-def _notes(folder: Path) -> Mapping[str, str]:
+def _metadata(name: str, notes: Mapping[str, Any]) -> dict[str, str]:
+    """One entry, since safetensors writes several in any order: the same adapter is the same bytes."""
+    return {"format": "pt"} if name == WEIGHTS else {"qtjax": json.dumps(notes)}
+
+
+def _notes(folder: Path) -> Mapping[str, Any]:
     """The metadata of the file of trainables. Raises QtjaxError when it is not of one piece with the file for PEFT."""
     if not (folder / TRAINABLE).is_file():
         return {}
     try:
         with safe_open(folder / TRAINABLE, "np") as file:
-            notes = file.metadata() or {}
+            notes = json.loads((file.metadata() or {}).get("qtjax", "{}"))
     except (SafetensorError, OSError, ValueError):
         return {}  # `_read_tensors` says what is wrong with it
     weights = folder / WEIGHTS

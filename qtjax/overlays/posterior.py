@@ -115,7 +115,7 @@ class _Fixed:
     """Edits that are already expanded, as the model takes an overlay."""
 
     edits: Edits
-    two_passes = False
+    two_passes, tasks = False, 0
 
     def expand(self, *context: Any) -> Edits:
         return self.edits

@@ -22,6 +22,8 @@ from qtjax.overlays.targets import Linear
 from qtjax.overlays.torch_random import permutation
 from qtjax.tree import flatten
 
+pytestmark = pytest.mark.slow
+
 CONFIG = models.ModelConfig(
     vocab_size=31, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, initializer_range=0.2,

@@ -57,6 +57,7 @@ def logits(name, overlay, params, config=CONFIG, ids=IDS):
     return np.asarray(models.apply(config, params, ids, overlay=overlay, task_ids=tasks_of(name)), np.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_merged_equals_the_overlay(params, name):
     """float32: the same logits within 1e-4 of the largest. What cannot be merged says why in one line."""

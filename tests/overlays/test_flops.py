@@ -1,10 +1,13 @@
 """What an overlay saves in arithmetic, by the compiler's count."""
 
 import jax
+import pytest
 import jax.numpy as jnp
 
 from qtjax import models
 from qtjax.overlays import init_overlay
+
+pytestmark = pytest.mark.slow
 
 # LLaMA's proportions; layers unrolled, since the compiler counts a scan's body once
 CONFIG = models.ModelConfig(

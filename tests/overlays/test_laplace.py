@@ -15,6 +15,8 @@ from qtjax.overlays.posterior import (
 )  # fmt: skip
 from qtjax.tree import flatten, unflatten
 
+pytestmark = pytest.mark.slow
+
 TINY = models.ModelConfig(
     vocab_size=24, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
     head_dim=4, max_position_embeddings=32, initializer_range=0.3,

@@ -139,7 +139,7 @@ def test_dropout_acts_on_the_head_and_not_on_the_embedding():
     for name, drops in (("embed_tokens", False), ("lm_head", True)):
         overlay = by(0.1, init_overlay("lora", config, params, KEY, lora_dropout=0.5, target_modules=[name]))
         hidden = jax.random.normal(KEY, (2, 32))
-        first, second = (models.readout(config, params, hidden, overlay, rng)[0] for rng in (None, KEY))
+        first, second = (models.readout(config, params, hidden, overlay, rng=rng)[0] for rng in (None, KEY))
         same = models.hidden_states(config, params, jnp.ones((1, 4), int), overlay=overlay, rng=KEY)
         np.testing.assert_array_equal(same, models.hidden_states(config, params, jnp.ones((1, 4), int), overlay=overlay))
         assert np.array_equal(first, second) is not drops

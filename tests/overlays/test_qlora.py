@@ -20,6 +20,8 @@ from qtjax.overlays import abstract_overlay, init_overlay, merge
 from qtjax.training.run import _check_fit
 from qtjax.tree import flatten, unflatten
 
+pytestmark = pytest.mark.slow
+
 TINY = models.ModelConfig(
     vocab_size=32, hidden_size=64, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
     head_dim=16, max_position_embeddings=64,

@@ -12,6 +12,8 @@ from qtjax.overlays import abstract_overlay, init_overlay, merge
 from qtjax.overlays.rotations import cayley, cayley_neumann, skew
 from qtjax.tree import flatten
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(7)
 PATH = "layers/mlp/down_proj"  # 40 inputs
 SETTINGS = {

@@ -13,6 +13,8 @@ from qtjax.errors import QtjaxError
 from qtjax.overlays import init_overlay, merge, overlay_axes
 from qtjax.tree import flatten
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(7)
 STACKS = {
     "lora+ln_tuning": dict(r=3, lora={"target_modules": "q_proj,down_proj"}),

@@ -178,6 +178,7 @@ def test_methods_that_peft_lacks_come_back_from_their_own_file(params, method, t
     jax.tree.map(np.testing.assert_array_equal, again.params, overlay.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ia3", "oft", "boft", "ln_tuning", "bitfit"])
 def test_merged_is_the_forward_in_bfloat16(method):
     """In bfloat16, forward and merged model both lie within 2^-6 of the largest float32 logit of the float32 forward."""

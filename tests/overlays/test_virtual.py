@@ -18,6 +18,8 @@ from qtjax.training.score import eu_scores
 from qtjax.training.state import Subject
 from qtjax.training.step import loss_sum
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = (5, 7, 4)
 SEGMENTS = np.array([[1] * 5 + [2] * 7 + [3] * 4 + [0] * 2])
 RNG = np.random.default_rng(5)
@@ -152,7 +154,7 @@ def test_scores_and_the_training_loss_see_the_virtual_tokens(method):
     np.testing.assert_allclose(scores.token_nll[:, 1:], np.where(targets, nll, 0), atol=1e-4, rtol=1e-4)
     mesh, subject = make_mesh(MeshSection(), jax.devices()[:1]), Subject(TINY, overlay)
     weights = np.pad(targets, ((0, 0), (1, 0))).astype(np.float32)
-    rows = {"input_ids": PACKED, "position_ids": POSITIONS, "segment_ids": SEGMENTS, "weights": weights}
+    rows = {"input_ids": PACKED, "position_ids": POSITIONS, "segment_ids": SEGMENTS, "weights": weights, "task_ids": 0 * PACKED}
     rows = {name: jnp.asarray(array) for name, array in rows.items()}
     trainable, frozen = subject.split(params)
     loss = jax.jit(jax.value_and_grad(lambda t: loss_sum(subject, mesh, t, frozen, rows, None)))
