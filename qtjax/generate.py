@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "temperature": (0.0, "0 is greedy; higher is more random"),
             "top-p": (1.0, "draw from the most probable tokens with this mass, fraction (0-1]"),
             "seed": (0, "of the draws"),
+            "task-id": (0, "the prompts' task, for an adapter that tells tasks apart (poly, mpt)"),
             "batch-size": (32, "prompts at a time"),
             "dtype": ("float32", "compute dtype: float32, bfloat16 or float16"),
         },
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("temperature", own["temperature"] >= 0, "must be 0 (greedy) or more"),
         ("top-p", 0 < own["top-p"] <= 1, "is a fraction above 0 and at most 1"),
         ("seed", own["seed"] >= 0, "must be 0 or more"),
+        ("task-id", own["task-id"] >= 0, "must be 0 or more"),
     )
     for name, holds, rule in rules:
         if not holds:
@@ -70,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             model.config, model.params, [i.tolist() for i in ids], max_new_tokens=own["max-new-tokens"],
             batch_size=own["batch-size"], stop_ids=evals.stop_ids_of_chat(config, model.config, model.tokenizer),
             temperature=own["temperature"], top_p=own["top-p"], seed=own["seed"], overlay=model.overlay,
+            task_ids=[own["task-id"]] * len(ids),
             progress=bar.advance,
         )  # fmt: skip
     texts = model.tokenizer.batch_decode(new, skip_special_tokens=True)

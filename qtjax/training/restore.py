@@ -9,9 +9,9 @@ from qtjax import models
 from qtjax.checkpoints.run_state import RunState
 from qtjax.config import Config, MeshSection, run_config
 from qtjax.errors import QtjaxError
-from qtjax.overlays import Overlay
+from qtjax.overlays import Overlay, field_names
 from qtjax.parallel import make_mesh
-from qtjax.training.setup import load_model, split
+from qtjax.training.setup import check_overlay, load_model, split
 from qtjax.tree import Tree
 
 
@@ -41,7 +41,11 @@ def load_run(folder: str | Path) -> tuple[Config, models.ModelConfig, Tree, Over
     checkpoints.close()
     if found is None:
         raise QtjaxError(f"{folder}: no checkpoint yet; train for at least train.checkpoint_every steps first")
-    return config, subject.config, *subject.join(found.state["trainable"], frozen)
+    params, overlay = subject.join(found.state["trainable"], frozen)
+    if overlay is not None and "total_step" in field_names(overlay.method):  # its schedule counts the run's steps
+        steps = int(found.meta.get("total_steps", 1))
+        overlay = overlay.replace(spec=check_overlay(config, subject.config, steps).spec)
+    return config, subject.config, params, overlay
 
 
 def _described(leaf: jax.Array, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

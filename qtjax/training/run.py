@@ -200,7 +200,7 @@ def train_steps(session: Session, folder: RunFolder, *, quiet: bool = False) -> 
     """The remaining optimizer steps; records and checkpoints on the way. Raises Interrupted after a clean stop."""
     loop, last = session.loop, session.total_steps
     every = session.config.train.checkpoint_every
-    meta = {"data": fingerprint(session.dataset), "base": base_fingerprint(loop.frozen)}
+    meta = {"data": fingerprint(session.dataset), "base": base_fingerprint(loop.frozen), "total_steps": last}
     with (
         contextlib.ExitStack() as ending,
         _stop_requested() as stop,

@@ -60,9 +60,9 @@ def new_overlay(
     return init_overlay(method, model_config, params, key, **fields)
 
 
-def check_overlay(config: Config, shape: models.ModelConfig) -> Overlay:
+def check_overlay(config: Config, shape: models.ModelConfig, total_steps: int = 1) -> Overlay:
     """The config's overlay with shapes only. Raises QtjaxError for a mistake in its settings, before anything is loaded."""
-    fields = overlay_fields(config.overlay, 1)
+    fields = overlay_fields(config.overlay, total_steps)
     if method_named(config.overlay.method).in_parts:
         fields["adapters"] = len(expert_folders(config))
     quantization = None if config.model.quantization == "none" else config.model.quantization
