@@ -85,6 +85,7 @@ class PruneSection:
 @dataclass(frozen=True)
 class OverlaySection:
     method: str = knob("none", "'none': full-parameter training; or an overlay: lora, dora, ia3, prefix, ...; 'lora+ln_tuning' stacks")
+    path: str = knob("", "adapter folder (PEFT's or qtjax's) to go on from, with its own settings; empty: a fresh one")
     r: int = knob(0, "rank; 0: the method's own default (lora 8)", rule=">=0")
     lora_alpha: float = knob(0.0, "scale is lora_alpha / r; 0: the method's own default (lora 16)", rule=">=0")
     lora_dropout: float = knob(0.0, "dropout fraction [0-1) on the side path's input", rule="[0,1)")

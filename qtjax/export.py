@@ -1,4 +1,4 @@
-"""python -m qtjax.export --run RUN_FOLDER --out FOLDER: the trained model as an HF folder, or LoRA as a PEFT adapter."""
+"""python -m qtjax.export --run RUN_FOLDER --out FOLDER: the trained model as an HF folder, or its adapter."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +11,13 @@ from qtjax.flags import parse_flags
 def main(argv: Sequence[str] | None = None) -> None:
     own = parse_flags(
         "python -m qtjax.export",
-        "Writes a run's newest checkpoint: an HF folder that transformers loads, or for LoRA runs an adapter that peft loads.",
+        "Writes a run's newest checkpoint: an HF folder that transformers loads, or for overlay runs an adapter that peft loads.",
         argv,
         {
             "run": ("", "run folder"),
             "out": ("", "folder to write; must not hold files of another kind"),
-            "merge": (False, "LoRA: fold the adapter into the weights and write a whole model"),
+            "merge": (False, "fold the adapter into the weights and write a whole model"),
+            "task-id": (0, "with --merge: which task's model, for an adapter that tells tasks apart"),
             "dtype": ("", "dtype of the written weights: float32, bfloat16 or float16; empty: the run's param_dtype"),
         },
     )
@@ -40,12 +41,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if adapter and own["dtype"]:
         raise QtjaxError("--dtype: adapters are written in float32, as peft does; give --merge too, or leave it out")
     _refuse_other_kind(Path(own["out"]), "config.json" if adapter else "adapter_config.json")
+    if own["task-id"] and not (overlay is not None and overlay.tasks and own["merge"]):
+        raise QtjaxError(f"--task-id {own['task-id']}: is for --merge of an adapter that tells tasks apart; leave it out")
     if adapter:
         save_adapter(own["out"], overlay, run.model.path)
         print(f"adapter over {run.model.path} written to {own['out']}")
         return
     if overlay is not None:
-        config, params = merge(config, params, overlay)
+        config, params = merge(config, params, overlay, own["task-id"] if overlay.tasks else None)
     if own["dtype"]:
         params = jax.tree.map(lambda leaf: leaf.astype(own["dtype"]), params)
     save_pretrained(own["out"], config, params, tokenizer_from=run.model.path)

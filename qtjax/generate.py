@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from qtjax.training.open_model import open_model
 
     model = open_model(config.model, adapter=own["adapter"])
+    if own["task-id"] and (model.overlay is None or not model.overlay.tasks):
+        raise QtjaxError(f"--task-id {own['task-id']}: the model has no adapter that tells tasks apart; leave it out")
     template = resolve_template(model.tokenizer, config.data.chat_template)
     ids = [
         prompt_and_answer(

@@ -106,7 +106,7 @@ def test_commands_in_readme_and_configs_parse(monkeypatch):
     from qtjax.config import load_config
 
     monkeypatch.chdir(ROOT)
-    texts = [ROOT / "README.md", *sorted((ROOT / "configs").glob("*.py"))]
+    texts = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").glob("*.py"))]
     commands = [
         match
         for path in texts

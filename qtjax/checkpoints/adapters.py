@@ -72,6 +72,7 @@ def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") 
         return
     with disk_errors(folder, "making the folder"):
         folder.mkdir(parents=True, exist_ok=True)
+    (folder / STACK).unlink(missing_ok=True)  # what stood here before is no longer this adapter
     for part, part_config in own.parts(spec).items():
         _write_part(folder / part, files[WEIGHTS], f"{part}/", common | part_config)
     # The weights first: to every reader a folder without its config is no adapter.
@@ -103,7 +104,14 @@ def _save_stack(folder: Path, overlay: Overlay, base_model_name: str) -> None:
     for name, part in zip(names, stack_parts(overlay)):
         save_adapter(folder / name, part, base_model_name)
     if jax.process_index() == 0:
+        for name in (CONFIG, WEIGHTS, TRAINABLE):
+            (folder / name).unlink(missing_ok=True)
         write_atomic(folder / STACK, json.dumps({"parts": names}, indent=2) + "\n")
+
+
+def is_adapter_folder(path: str | Path) -> bool:
+    """Whether `load_adapter` would read this folder."""
+    return (Path(path) / CONFIG).is_file() or (Path(path) / STACK).is_file()
 
 
 def stack_parts(overlay: Overlay) -> list[Overlay]:

@@ -83,14 +83,19 @@ def _generate(config, max_new_tokens, eos, pad, greedy, params, overlay, task_id
     caches = (empty, empty) if two else (empty,)
     real_slots = [jnp.ones((batch, ahead), jnp.int32), mask.astype(jnp.int32), jnp.ones((batch, max_new_tokens), jnp.int32)]
     key_segments, slots = jnp.concatenate(real_slots, axis=1), jnp.arange(total)
+    first = ahead + jnp.argmax(mask, axis=1)[:, None]  # as in a packed row, padding puts no distance before virtual tokens
 
     def forward(ids, positions, slot, caches, virtual=None):
         count = positions.shape[1]
         query_slots = slot + jnp.arange(count)
         queries = jax.lax.dynamic_slice_in_dim(key_segments, slot, count, axis=1)
         sight = visible(query_slots, slots, queries, key_segments, window)
+        if ahead:
+            seen = sees_virtual(query_slots - first, queries, ahead, window)
+            own = (query_slots < ahead)[None, None, :, None]
+            sight = sight.at[..., :ahead].set(jnp.where(own, sight[..., :ahead], seen))
         if edits.prefix:
-            sight = jnp.concatenate([sees_virtual(query_slots, queries, edits.prefix, window), sight], axis=-1)
+            sight = jnp.concatenate([sees_virtual(query_slots - first, queries, edits.prefix, window), sight], axis=-1)
 
         def run(edits, cache):
             return model.apply(variables(params, edits), ids, positions, sight, cache, slot, virtual)

@@ -88,6 +88,7 @@ class Method:
     given(spec, fields) -> {leaf path: first value} of the arrays that a caller hands over among the fields.
     parts(spec) -> {subfolder: its adapter_config.json} of adapters that this one is made of: tensors whose key begins
       with "<subfolder>/" stand in that folder's file, and `read` finds their configs under "parts"; in_parts: it has any.
+    posterior: after training a posterior is fitted over it. alone: why it cannot be part of a stack; empty: it can.
     """
 
     fields: type
@@ -115,6 +116,8 @@ class Method:
     given: Callable[[Any, Mapping[str, Any]], Mapping[str, Array]] = lambda spec, fields: {}
     parts: Callable[[Any], Mapping[str, dict[str, Any]]] = lambda spec: {}
     in_parts: bool = False
+    posterior: bool = False
+    alone: str = ""
 
 
 METHODS: dict[str, Method] = {}

@@ -23,7 +23,7 @@ from qtjax.overlays import lora
 from qtjax.overlays.base import Base, Context, Method
 from qtjax.overlays.fields import read_fields, setting
 from qtjax.overlays.leaves import Leaf
-from qtjax.overlays.lora import LoraFields
+from qtjax.overlays.lora import LoraFields, LoraSpec
 from qtjax.tree import Tree
 
 _NAME = {"qtjax_method": "laplace"}  # tells the folder from a plain LoRA's; PEFT ignores it
@@ -46,7 +46,7 @@ class LaplaceFields(LoraFields, PriorFields):
 class LaplaceSpec:
     """The LoRA's spec and the prior's settings."""
 
-    lora: Any
+    lora: LoraSpec
     prior: PriorFields
 
     @property
@@ -60,7 +60,20 @@ def _read(base: Base, fields: Mapping[str, Any], strict: bool) -> LaplaceSpec:
     prior = read_fields("laplace", PriorFields, own)
     if strict and prior.fitted:
         raise QtjaxError("fitted = True: is set by fit_laplace, after training; leave it out")
-    return LaplaceSpec(lora.METHOD.read(base, rest, strict), prior)
+    return LaplaceSpec(plain(lora.METHOD.read(base, rest, strict), "laplace"), prior)
+
+
+def plain(spec: LoraSpec, who: str) -> LoraSpec:
+    """The spec, if it is low-rank side paths at linear modules of the layers alone, which is all that `who` understands."""
+    for holds, what in (
+        (spec.subtracts, f"init_lora_weights = {spec.fields.init_lora_weights!r}"),
+        (spec.fields.init_lora_weights == "orthogonal", "init_lora_weights = 'orthogonal'"),
+        (spec.saved or spec.copies, "modules_to_save"),
+        (any(not site.linear.path.startswith("layers/") for site in spec.sites), "target_modules with the embedding or the head"),
+    ):
+        if holds:
+            raise QtjaxError(f"{what}: is not supported by {who}, which takes plain LoRA of the layers' linear modules")
+    return spec
 
 
 def _leaves(spec: LaplaceSpec) -> list[Leaf]:
@@ -90,17 +103,12 @@ def _expand(spec: LaplaceSpec, params: Tree, frozen: Tree, context: Context) -> 
 
 def _file(spec: LaplaceSpec, params: Tree, frozen: Tree) -> dict[str, Any]:
     """PEFT's file: the LoRA's mean alone."""
-    if lora.METHOD.file is not None:
-        return lora.METHOD.file(spec.lora, params, frozen)
     return table.tensors(lora.METHOD.leaves(spec.lora), params, frozen)
 
 
 def _from_file(spec: LaplaceSpec, tensors: Mapping[str, Any]) -> tuple[LaplaceSpec, Tree, Tree]:
     """Without the factors' file what is left is a LoRA whose posterior is not fitted."""
     unfitted = PriorFields(spec.prior.prior_precision)
-    if lora.METHOD.from_file is not None:
-        own, *trees = lora.METHOD.from_file(spec.lora, tensors)
-        return LaplaceSpec(own, unfitted), *trees
     return LaplaceSpec(spec.lora, unfitted), *table.trees(lora.METHOD.leaves(spec.lora), tensors)
 
 
@@ -120,4 +128,6 @@ METHOD = Method(
     draws=lambda spec: lora.METHOD.draws(spec.lora),
     file=_file,
     from_file=_from_file,
+    posterior=True,
+    alone="its posterior is fitted over the LoRA by itself",
 )

@@ -34,6 +34,7 @@ def merge(
     leaves = flatten(params)
     _check_base(leaves, own.linears(overlay.spec))
     task_ids = None if task_id is None else jnp.asarray([task_id], jnp.int32)
+    models.check_task_ids(overlay.tasks, task_ids, (1,))
     edits = overlay.expand(task_ids=task_ids)
     shared = flatten(edits.shared)
     records = {path: record for path, record in flatten(edits.tree).items() if path not in ("lm_head/edit", "embed_tokens/edit")}

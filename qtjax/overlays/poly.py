@@ -51,6 +51,8 @@ def _read(base: Base, fields: Mapping[str, Any], strict: bool) -> Spec:
         for side, size in sizes.items():
             if size % settings.n_splits:
                 raise QtjaxError(f"n_splits = {settings.n_splits}: must divide the {size} {side} of {site.linear.name}")
+        if settings.r > min(sizes.values()):
+            raise QtjaxError(f"r = {settings.r}: {site.linear.name} is {' x '.join(map(str, sizes.values()))}; lower r to that")
     return Spec(settings, sites)
 
 

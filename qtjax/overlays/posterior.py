@@ -18,7 +18,7 @@ from qtjax import models
 from qtjax.errors import QtjaxError
 from qtjax.models import Edits
 from qtjax.overlays.base import Overlay
-from qtjax.overlays.laplace import LaplaceSpec, PriorFields, factor_leaves
+from qtjax.overlays.laplace import LaplaceSpec, PriorFields, factor_leaves, plain
 from qtjax.overlays.lora import LoraSpec
 from qtjax.tree import Tree, flatten, unflatten
 
@@ -83,8 +83,8 @@ def fit_laplace(
 def _laplace_spec(overlay: Overlay) -> LaplaceSpec:
     if isinstance(overlay.spec, LaplaceSpec):
         return overlay.spec
-    if isinstance(overlay.spec, LoraSpec):
-        return LaplaceSpec(overlay.spec, PriorFields())
+    if overlay.method == "lora" and isinstance(overlay.spec, LoraSpec):
+        return LaplaceSpec(plain(overlay.spec, "fit_laplace"), PriorFields())
     raise QtjaxError(f"fit_laplace: the overlay is {overlay.method!r}; a posterior is fitted over 'laplace' or 'lora'")
 
 

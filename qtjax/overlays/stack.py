@@ -32,6 +32,10 @@ def stack_of(names: tuple[str, ...]) -> Method:
     if len(set(names)) != len(names):
         raise QtjaxError(f"overlay method {'+'.join(names)!r}: names the same method twice; one of each is enough")
 
+    for name, part in zip(names, parts):
+        if part.alone:
+            raise QtjaxError(f"overlay method {'+'.join(names)!r}: {name} cannot be stacked: {part.alone}")
+
     def read(base: Base, fields: Mapping[str, Any], strict: bool) -> tuple[Any, ...]:
         spec = tuple(
             part.read(base, own, strict) for part, own in zip(parts, _routed(dict(zip(names, parts)), fields))

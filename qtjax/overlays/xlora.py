@@ -23,6 +23,7 @@ from qtjax.models import Edits, LinearEdit
 from qtjax.overlays.base import Base, Context, Method, Overlay
 from qtjax.overlays.fields import read_fields, require, setting, to_peft
 from qtjax.overlays.leaves import Leaf, transposed, uniform
+from qtjax.overlays.laplace import plain
 from qtjax.overlays.lora import METHOD as LORA
 from qtjax.overlays.lora import LoraSpec, lora_edits, lora_leaves
 from qtjax.overlays.sites import claims
@@ -86,9 +87,9 @@ def _read(base: Base, fields: Mapping[str, Any], strict: bool) -> XLoraSpec:
     own = {k: v for k, v in fields.items() if k not in ("adapters", "parts", "r", "lora_alpha", "target_modules")}
     settings = read_fields("xlora", XLoraFields, own, inert=inert)
     if "parts" in fields:  # an adapter folder: the experts' own adapter_config.json
-        experts = tuple(LORA.read(base, part, False) for part in fields["parts"])
+        experts = tuple(_expert(LORA.read(base, part, False), settings) for part in fields["parts"])
     else:
-        experts = _experts(base, fields)
+        experts = tuple(_expert(spec, settings) for spec in _experts(base, fields))
     count, width = len(experts), base.config.hidden_size
     require(settings.hidden_size in (None, width), "hidden_size", settings.hidden_size, f"the base model's is {width}")
     top = settings.top_k_lora
@@ -97,10 +98,20 @@ def _read(base: Base, fields: Mapping[str, Any], strict: bool) -> XLoraSpec:
     return XLoraSpec(dataclasses.replace(settings, hidden_size=width), experts)
 
 
+def _expert(spec: LoraSpec, settings: XLoraFields) -> LoraSpec:
+    """The spec, if the mixture computes all of it. Raises QtjaxError otherwise."""
+    if settings.use_trainable_adapters and spec.fields.lora_dropout:
+        raise QtjaxError(f"lora_dropout = {spec.fields.lora_dropout}: experts that are trained in the mixture have none; set it to 0")
+    return plain(spec, "xlora")
+
+
 def _experts(base: Base, fields: Mapping[str, Any]) -> tuple[LoraSpec, ...]:
     given = fields.get("adapters", 3)
     if isinstance(given, (list, tuple)) and given:
-        wrong = [a for a in given if not (isinstance(a, Overlay) and isinstance(a.spec, LoraSpec))]
+        wrong = [a for a in given if not (isinstance(a, Overlay) and a.method == "lora")]
+        beside = [name for name in ("r", "lora_alpha", "target_modules") if name in fields]
+        if beside:
+            raise QtjaxError(f"{beside[0]} = {fields[beside[0]]!r}: the experts that adapters lists have their own; leave it out")
         if not wrong:
             return tuple(a.spec for a in given)
     if isinstance(given, int) and not isinstance(given, bool) and given > 0:
@@ -207,5 +218,6 @@ METHOD = Method(
     two_passes=lambda spec: True,
     given=_given,
     in_parts=True,
+    alone="it is made of other adapters, trained first",
     parts=lambda spec: {f"expert_{i}": LORA.to_peft(expert) for i, expert in enumerate(spec.experts)},
 )

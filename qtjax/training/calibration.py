@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qtjax.data.dataset import TokenizedDataset
+from qtjax.errors import QtjaxError
 from qtjax.evals.loss import whole_sequences
 from qtjax.models import ModelConfig
 from qtjax.overlays import Overlay
@@ -51,18 +52,24 @@ def prompts(dataset: TokenizedDataset, classes: np.ndarray, most: int = ROWS) ->
 
 
 def calibrate(
-    config: ModelConfig, params: Tree, overlay: Overlay, training: TokenizedDataset, held_out: TokenizedDataset
+    config: ModelConfig, params: Tree, overlay: Overlay, training: TokenizedDataset, held_out: TokenizedDataset | None
 ) -> tuple[Overlay, dict[str, Any] | None]:
-    """(the overlay with its posterior fitted, what it changes): None where the data ask no such question.
+    """(the overlay with its posterior fitted, what it changes): None without held-out data that ask such a question.
 
     The summary: rows, classes; calibration_error, accuracy (fractions 0-1) and nll (nats per row) before, with the trained
     weights alone, and after, under the posterior (probit); prior_precision by evidence.
     """
     classes = first_tokens(training)
-    fit, test = prompts(training, classes), prompts(held_out, classes)
-    if len(classes) < 2 or not len(fit.labels) or not len(test.labels):
-        return overlay, None
+    fit = prompts(training, classes)
+    if len(classes) < 2 or not len(fit.labels):
+        raise QtjaxError(
+            "overlay.method = 'laplace': all answers of the training data begin with the same token, so there is nothing to be"
+            " calibrated; use lora"
+        )
     fitted = fit_laplace(config, params, overlay, fit.input_ids, fit.attention_mask, classes, prior="evidence")
+    test = None if held_out is None else prompts(held_out, classes)
+    if test is None or not len(test.labels):
+        return fitted, None
     logits = jax.jit(class_logits, static_argnums=0)(config, params, overlay, test.input_ids, test.attention_mask, jnp.asarray(classes))
     after = predictive(config, params, fitted, test.input_ids, test.attention_mask, classes).probabilities
     return fitted, {

@@ -6,7 +6,9 @@ from typing import Any
 
 from rich.console import Console
 
+from qtjax.checkpoints import is_adapter_folder
 from qtjax.config import Config, override
+from qtjax.errors import QtjaxError
 from qtjax.overlays import method_named
 from qtjax.training.setup import expert_folders, own_settings
 
@@ -16,7 +18,7 @@ def missing_experts(config: Config) -> list[Path]:
     if config.overlay.method == "none" or not method_named(config.overlay.method).in_parts:
         return []
     inside = Path(config.run.folder)
-    return [Path(path) for path in expert_folders(config) if Path(path).is_relative_to(inside) and not Path(path).is_dir()]
+    return [Path(p) for p in expert_folders(config) if Path(p).is_relative_to(inside) and not is_adapter_folder(p)]
 
 
 def train_experts(config: Config, console: Console, train: Callable[[Config], Any]) -> None:
@@ -24,6 +26,8 @@ def train_experts(config: Config, console: Console, train: Callable[[Config], An
 
     Args: train(config): runs an experiment to its end and exports its adapter.
     """
+    if config.data.part:
+        raise QtjaxError(f"data.part = {config.data.part!r}: the experts are trained on parts of the rows already; leave it empty")
     count, r = len(expert_folders(config)), own_settings(config.overlay.fields).get("r", config.overlay.r)
     for path in missing_experts(config):
         number = int(path.parent.name) + 1

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from qtjax.checkpoints import load_adapter, load_pretrained
+from qtjax.checkpoints import is_adapter_folder, load_adapter, load_pretrained
 from qtjax.config import MeshSection, ModelSection, is_run_folder
 from qtjax.data.templates import resolve_template
 from qtjax.data.tokenizer import load_tokenizer
@@ -44,7 +44,7 @@ def open_model(model: ModelSection, checkpoint: str = "", *, adapter: str = "", 
     """
     template = "auto"
     overlay, base, name = None, checkpoint or model.path, checkpoint or model.path
-    if checkpoint and (Path(checkpoint) / "adapter_config.json").is_file():
+    if checkpoint and is_adapter_folder(checkpoint):
         if adapter:
             raise QtjaxError(f"{checkpoint} is an adapter itself; give its base as the model and one adapter")
         adapter, base, name = checkpoint, model.path, f"{model.path} + {checkpoint}"

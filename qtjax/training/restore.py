@@ -42,8 +42,8 @@ def load_run(folder: str | Path) -> tuple[Config, models.ModelConfig, Tree, Over
     if found is None:
         raise QtjaxError(f"{folder}: no checkpoint yet; train for at least train.checkpoint_every steps first")
     params, overlay = subject.join(found.state["trainable"], frozen)
-    if overlay is not None and "total_step" in field_names(overlay.method):  # its schedule counts the run's steps
-        steps = int(found.meta.get("total_steps", 1))
+    if overlay is not None and not config.overlay.path and "total_step" in field_names(overlay.method):  # its schedule counts the run's steps
+        steps = int(found.meta.get("total_steps", 0))
         overlay = overlay.replace(spec=check_overlay(config, subject.config, steps).spec)
     return config, subject.config, params, overlay
 

@@ -1,7 +1,6 @@
 """From a config to everything a run needs: mesh, model, overlay, optimizer, and where each array lies."""
 
 import json
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,10 @@ class Model:
         return self.subject.config
 
 
-def load_model(config: Config, mesh: Mesh, total_steps: int = 1) -> Model:
+def load_model(config: Config, mesh: Mesh, total_steps: int = 0) -> Model:
     """Checkpoint and overlay of a config, on the mesh.
 
-    Args: total_steps: for overlays whose schedule counts them. Raises QtjaxError as load_pretrained and init_overlay do.
+    Args: total_steps: for overlays whose schedule counts them; 0: nothing will be trained. Raises QtjaxError as load_pretrained and init_overlay do.
     """
     m = config.model
     key = jax.random.key(config.train.seed)
@@ -54,14 +53,33 @@ def new_overlay(
     method = config.overlay.method
     if method == "none":
         return None
+    if config.overlay.path:
+        return _continued(config.overlay, model_config, params)
     fields = overlay_fields(config.overlay, total_steps)
     if method_named(method).in_parts:
+        if not isinstance(fields.get("adapters"), list):  # trained by this run, with these settings
+            fields = {name: value for name, value in fields.items() if name not in ("r", "lora_alpha", "target_modules")}
         fields["adapters"] = [load_adapter(path, model_config, params) for path in expert_folders(config)]
     return init_overlay(method, model_config, params, key, **fields)
 
 
-def check_overlay(config: Config, shape: models.ModelConfig, total_steps: int = 1) -> Overlay:
+def _continued(section: OverlaySection, model_config: models.ModelConfig, params: Tree | None) -> Overlay:
+    """The adapter that overlay.path holds. Raises QtjaxError when it is of another method or settings are given beside it."""
+    beside = [name for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "fields") if getattr(section, name)]
+    if beside:
+        raise QtjaxError(f"overlay.{beside[0]} = {getattr(section, beside[0])!r}: the adapter in overlay.path has its own settings; leave it out")
+    loaded, wanted = load_adapter(section.path, model_config, params), method_named(section.method)
+    if loaded.method != section.method:
+        if wanted.leaves is not method_named(loaded.method).leaves or wanted.expand is not method_named(loaded.method).expand:
+            raise QtjaxError(f"overlay.path = {section.path!r}: holds a {loaded.method} adapter; set overlay.method to {loaded.method}")
+        loaded = loaded.replace(method=section.method)  # qlora is lora over a quantised base
+    return loaded
+
+
+def check_overlay(config: Config, shape: models.ModelConfig, total_steps: int = 0) -> Overlay:
     """The config's overlay with shapes only. Raises QtjaxError for a mistake in its settings, before anything is loaded."""
+    if config.overlay.path:
+        return _continued(config.overlay, shape, None)
     fields = overlay_fields(config.overlay, total_steps)
     if method_named(config.overlay.method).in_parts:
         fields["adapters"] = len(expert_folders(config))
@@ -88,7 +106,7 @@ def overlay_fields(section: OverlaySection, total_steps: int) -> dict[str, Any]:
     A method whose schedule counts steps (a field total_step) is told the run's number. Raises QtjaxError for a name
     that the method does not know, with near names, and for text in overlay.fields that is no name=value.
     """
-    known = field_names(section.method)
+    known = field_names(section.method) + (section.method.split("+") if "+" in section.method else [])
     given = {name: getattr(section, name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules")}
     given = {name: value for name, value in given.items() if value} | own_settings(section.fields)
     for name in given:
@@ -98,16 +116,19 @@ def overlay_fields(section: OverlaySection, total_steps: int) -> dict[str, Any]:
 
 
 def own_settings(text: str) -> dict[str, Any]:
-    """overlay.fields: 'a=1 b=[2,3] c=text' -> {"a": 1, "b": [2, 3], "c": "text"}."""
-    out = {}
-    for part in shlex.split(text, posix=False):
-        name, equals, value = part.partition("=")
-        if not equals or not name.isidentifier():
-            raise QtjaxError(f"overlay.fields = {text!r}: {part!r} is no name=value; write 'init_r=12 target_r=8'")
+    """overlay.fields: 'a=1 b=[2, 3] c=text' -> {"a": 1, "b": [2, 3], "c": "text"}; a value is JSON, or text up to a blank."""
+    out, rest = {}, text.strip()
+    while rest:
+        name, equals, rest = rest.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise QtjaxError(f"overlay.fields = {text!r}: {name.strip()!r} is no name=value; write 'init_r=12 target_r=8'")
         try:
-            out[name] = json.loads(value)
+            value, end = json.JSONDecoder().raw_decode(rest)
         except ValueError:
-            out[name] = value.strip("'\"")
+            end = 0
+        if not end or rest[end : end + 1].strip():  # no JSON, or only its beginning is
+            value, end = rest.split(" ", 1)[0], len(rest.split(" ", 1)[0])
+        out[name.strip()], rest = value, rest[end:].strip()
     return out
 
 

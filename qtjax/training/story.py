@@ -16,7 +16,7 @@ from qtjax.checkpoints import save_adapter, save_pretrained
 from qtjax.config import Config
 from qtjax.data.prepare import training_rows
 from qtjax.errors import QtjaxError
-from qtjax.overlays import Overlay
+from qtjax.overlays import Overlay, method_named
 from qtjax.report.pictures import draw_run
 from qtjax.report.table import summary_table
 from qtjax.report.totals import totals
@@ -27,10 +27,6 @@ from qtjax.training.run import Session, open_session, train_steps
 from qtjax.training.run_folder import RunFolder
 from qtjax.training.state import count_parameters
 from qtjax.tree import Tree
-
-
-# What a method does once its training is over: (config, params, overlay, training data, held-out data) -> (overlay, summary).
-AFTER_TRAINING = {"laplace": calibrate}
 
 
 def run(config: Config, console: Console, *, quiet: bool = False) -> dict[str, Any]:
@@ -61,9 +57,9 @@ def _train(config: Config, folder: RunFolder, console: Console, begin: float, qu
     after = _evaluate(session)
     params, overlay = session.model.subject.join(session.loop.state.trainable, session.loop.frozen)
     calibration = None
-    if config.overlay.method in AFTER_TRAINING and session.held_out is not None:
-        finish = AFTER_TRAINING[config.overlay.method]
-        overlay, calibration = finish(session.model.config, params, overlay, session.dataset, session.held_out.dataset)
+    if overlay is not None and method_named(overlay.method).posterior:
+        held_out = None if session.held_out is None else session.held_out.dataset
+        overlay, calibration = calibrate(session.model.config, params, overlay, session.dataset, held_out)
     if config.run.export:
         export(session, folder, params, overlay)
     steps = folder.read_metrics()

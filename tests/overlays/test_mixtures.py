@@ -9,7 +9,7 @@ from tests.overlays.tiny_model import CONFIG, IDS, base_params, logits, shaken, 
 from qtjax import models
 from qtjax.checkpoints import load_adapter, save_adapter
 from qtjax.errors import QtjaxError
-from qtjax.overlays import init_overlay
+from qtjax.overlays import init_overlay, merge
 
 POLY = dict(r=2, n_tasks=3, n_skills=2, n_splits=2)
 
@@ -109,6 +109,23 @@ def test_refusals(params, method, fields, message):
     with pytest.raises(QtjaxError, match=message) as error:
         init_overlay(method, CONFIG, params, jax.random.key(0), **fields)
     assert "\n" not in str(error.value)
+
+
+def test_experts_that_the_mixture_does_not_compute_are_refused(params):
+    """DoRA, subtracted initial factors, copies and the head are named; so are settings beside given experts."""
+    for expert in (
+        init_overlay("dora", CONFIG, params, jax.random.key(0)),
+        init_overlay("lora", CONFIG, params, jax.random.key(0), init_lora_weights="pissa"),
+        init_overlay("lora", CONFIG, params, jax.random.key(0), modules_to_save=["lm_head"]),
+        init_overlay("lora", CONFIG, params, jax.random.key(0), target_modules=["q_proj", "lm_head"]),
+    ):
+        with pytest.raises(QtjaxError) as error:
+            init_overlay("xlora", CONFIG, params, jax.random.key(0), adapters=[expert])
+        assert "\n" not in str(error.value)
+    with pytest.raises(QtjaxError, match="have their own"):
+        init_overlay("xlora", CONFIG, params, jax.random.key(0), adapters=[trained("lora", params, r=2)], r=3)
+    with pytest.raises(QtjaxError, match="hold 9 to 9"):
+        merge(CONFIG, params, trained("poly", params, **POLY), task_id=9)
 
 
 def test_tasks_must_be_said_and_known(params, tmp_path):

@@ -153,3 +153,14 @@ def test_a_stack_folder_that_lies_is_refused(params, parts, message, tmp_path):
     (tmp_path / "qtjax_stack.json").write_text(json.dumps({"parts": parts}))
     with pytest.raises(QtjaxError, match=message):
         load_adapter(tmp_path, CONFIG, params)
+
+
+def test_one_folder_holds_one_adapter(tmp_path):
+    """A plain adapter saved where a stack stood is what is read, and the other way round."""
+    params = base_params()
+    stack = trained("lora+ln_tuning", params)
+    plain = trained("lora", params, r=3)
+    for first, second in ((stack, plain), (plain, stack)):
+        save_adapter(tmp_path, first)
+        save_adapter(tmp_path, second)
+        assert load_adapter(tmp_path, CONFIG, params).method == second.method

@@ -143,7 +143,27 @@ def test_tasks_come_from_a_column(config_of, tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_from_an_adapter_folder(config_of, tmp_path):
+    """overlay.path: the second run starts from the first one's adapter and its settings; another method is refused."""
+    first = config_of("dora", **{"run.export": True, "overlay.r": 3, "run.folder": str(tmp_path / "first")})
+    before = story.run(first, QUIET, quiet=True)["evaluation"]
+    adapter = str(tmp_path / "first" / "model")
+    second = config_of("dora", **{"overlay.path": adapter, "run.folder": str(tmp_path / "second")})
+    after = story.run(second, QUIET, quiet=True)["evaluation"]
+    assert after["base"]["loss"] == pytest.approx(before["after"]["loss"], rel=1e-5)
+    assert load_run(tmp_path / "second")[3].spec.fields.r == 3
+    for changes, message in (
+        ({"overlay.method": "lora"}, "holds a dora adapter"), ({"overlay.r": 4}, "has its own settings"),
+        ({"overlay.path": str(tmp_path / "none")}, "no such folder"),
+    ):  # fmt: skip
+        with pytest.raises(QtjaxError, match=message):
+            story.run(config_of("dora", **{"overlay.path": adapter, "run.folder": str(tmp_path / "third")} | changes), QUIET, quiet=True)
+
+
 @pytest.mark.parametrize("changes, message", [
+    ({"overlay.method": "xlora+ln_tuning"}, "xlora cannot be stacked"),
+    ({"overlay.method": "laplace", "overlay.fields": "init_lora_weights=pissa"}, "is not supported by laplace"),
     ({"overlay.method": "lroa"}, "overlay method 'lroa': not known; did you mean 'lora'"),
     ({"overlay.method": "ia3", "overlay.r": 4}, "ia3 has no field 'r'"),
     ({"overlay.method": "adalora", "overlay.fields": "init_rr=4"}, "adalora has no field 'init_rr'; did you mean 'init_r'"),
