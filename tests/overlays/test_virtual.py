@@ -119,7 +119,10 @@ def test_windows_hide_virtual_tokens_like_others():
 @pytest.mark.parametrize("config", ["full", "window"])
 @pytest.mark.parametrize("method", FIELDS)
 def test_cached_generation_equals_full_passes(method, config):
-    """Greedy tokens of a left-padded batch are the argmax of full passes without a cache; one program for all tokens."""
+    """Greedy tokens of a left-padded batch are the argmax of full passes without a cache; one program for all tokens.
+
+    Padding puts no distance between a row and its virtual tokens, as in a packed row: so the full passes call it a segment.
+    """
     config = CONFIGS[config]
     params, overlay = params_of(config), made(method, config)
     tasks = np.array([1, 2]) if method == "mpt" else None
@@ -133,9 +136,13 @@ def test_cached_generation_equals_full_passes(method, config):
     real = np.concatenate([mask, np.ones((2, 8), int)], axis=1)
     positions = np.maximum(real.cumsum(1) - 1, 0)
     for t in range(6, 14):
-        logits = apply(config, params, row, real, positions, overlay=overlay, task_ids=tasks)
+        logits = apply(config, params, row, None, positions, real, overlay=overlay, task_ids=tasks)
         row[:, t] = np.asarray(logits)[:, t - 1].argmax(-1)
     np.testing.assert_array_equal(ours, row[:, 6:])
+    alone = models.generate(
+        config, params, row[1:, 3:6], max_new_tokens=8, eos_token_id=(), overlay=overlay, task_ids=None if tasks is None else tasks[1:]
+    )
+    np.testing.assert_array_equal(alone[0], ours[1])  # whatever its batch mates' lengths
     if config.sliding_window is None:  # beyond the window little is left of virtual tokens
         plain = models.generate(config, params, row[:, :6], mask, max_new_tokens=8, eos_token_id=())
         assert not np.array_equal(ours, plain)
