@@ -117,7 +117,8 @@ def _experts(base: Base, fields: Mapping[str, Any]) -> tuple[LoraSpec, ...]:
     if isinstance(given, int) and not isinstance(given, bool) and given > 0:
         fresh = {k: fields[k] for k in ("r", "lora_alpha", "target_modules") if k in fields}
         return (LORA.read(base, fresh, True),) * given
-    raise QtjaxError(f"adapters = {given!r}: must be a list of LoRA overlays (init_overlay, load_adapter), or how many fresh ones")
+    shown = [a.method if isinstance(a, Overlay) else a for a in given] if isinstance(given, (list, tuple)) else given
+    raise QtjaxError(f"adapters = {shown!r}: must be a list of lora overlays (init_overlay, load_adapter), or how many fresh ones")
 
 
 def _given(spec: XLoraSpec, fields: Mapping[str, Any]) -> dict[str, Array]:

@@ -21,7 +21,7 @@ from qtjax.overlays import METHODS, abstract_overlay, init_overlay, merge, metho
 from qtjax.tree import flatten, unflatten
 
 CONFIG = models.ModelConfig(
-    vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+    vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, initializer_range=0.2,
 )  # fmt: skip
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (3, 11)))

@@ -97,7 +97,7 @@ def test_generation_runs_both_passes_with_caches(params):
 @pytest.mark.parametrize("method, fields, message", [
     ("poly", dict(n_splits=5), "n_splits = 5: must divide the 32 inputs"),
     ("poly", dict(n_tasks=0), "n_tasks = 0: must be an integer above 0"),
-    ("xlora", dict(adapters=[1]), "adapters = \\[1\\]: must be a list of LoRA overlays"),
+    ("xlora", dict(adapters=[1]), "adapters = \\[1\\]: must be a list of lora overlays"),
     ("xlora", dict(adapters=0), "adapters = 0"),
     ("xlora", dict(top_k_lora=4), "top_k_lora = 4: there are 3 experts"),
     ("xlora", dict(enable_softmax_topk=True), "enable_softmax_topk = True: needs top_k_lora"),

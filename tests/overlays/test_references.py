@@ -142,8 +142,8 @@ def test_saved_again_it_is_the_same_file(case, tmp_path):
     assert again.spec == overlay.spec
     jax.tree.map(np.testing.assert_array_equal, again.params, overlay.params)
     jax.tree.map(np.testing.assert_array_equal, again.frozen, overlay.frozen)
-    if (tmp_path / "qtjax_trainable.safetensors").exists():
-        return
+    if (tmp_path / "qtjax_trainable.safetensors").exists() or method_named(overlay.method).in_parts:
+        return  # ours holds more than peft's file, in X-LoRA's case what peft leaves out
     ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (tmp_path, folder))
     assert set(ours) == set(theirs)
     for key in theirs:

@@ -167,7 +167,7 @@ def test_a_run_goes_on_from_an_adapter_folder(config_of, tmp_path):
     ({"overlay.method": "lroa"}, "overlay method 'lroa': not known; did you mean 'lora'"),
     ({"overlay.method": "ia3", "overlay.r": 4}, "ia3 has no field 'r'"),
     ({"overlay.method": "adalora", "overlay.fields": "init_rr=4"}, "adalora has no field 'init_rr'; did you mean 'init_r'"),
-    ({"overlay.method": "lora", "overlay.fields": "rank 4"}, "'rank' is no name=value"),
+    ({"overlay.method": "lora", "overlay.fields": "rank 4"}, "'rank 4' is no name=value"),
     ({"overlay.method": "lora", "overlay.r": 64}, "r = 64: model.layers.0.self_attn.q_proj is 32 x 32"),
     ({"overlay.method": "lora+lora"}, "names the same method twice"),
     ({"overlay.method": "qlora"}, "qlora: the base model's kernels are not quantised"),
