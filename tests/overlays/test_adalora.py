@@ -15,6 +15,8 @@ from qtjax.errors import QtjaxError
 from qtjax.overlays import init_overlay, merge, method_named
 from qtjax.tree import flatten, unflatten
 
+pytestmark = pytest.mark.slow
+
 CONFIG = models.ModelConfig(
     vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
     num_key_value_heads=1, head_dim=8, initializer_range=0.2,

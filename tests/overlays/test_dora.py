@@ -12,6 +12,8 @@ from qtjax.models import LinearEdit
 from qtjax.overlays import abstract_overlay, init_overlay, merge, overlay_axes
 from qtjax.tree import flatten
 
+pytestmark = pytest.mark.slow
+
 DOWN, UP, W = (np.random.default_rng(n).normal(size=s).astype(np.float32) for n, s in enumerate([(10, 4), (4, 7), (10, 7)]))
 M, BIAS = np.linspace(0.5, 2, 7, dtype=np.float32), np.linspace(-1, 1, 7, dtype=np.float32)
 X = np.random.default_rng(9).normal(size=(5, 10)).astype(np.float32)

@@ -14,6 +14,8 @@ from qtjax.models import LinearEdit
 from qtjax.overlays import abstract_overlay, init_overlay, merge, overlay_axes
 from qtjax.tree import flatten, unflatten
 
+pytestmark = pytest.mark.slow
+
 PLAIN = CONFIG.replace(attention_bias=False, mlp_bias=False)
 TIED = PLAIN.replace(tie_word_embeddings=True)
 
