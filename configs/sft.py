@@ -15,7 +15,7 @@ def get_config() -> Config:
         model=ModelSection(path="path/to/hf-folder"),
         data=DataSection(path="path/to/rows.jsonl", eval_fraction=0.05, max_length=1024),
         prune=PruneSection(sample_keep=0.25, token_keep=0.5, batch_size=128),
-        overlay=OverlaySection(method="lora", r=8, lora_alpha=16.0, target_modules="all-linear"),
+        overlay=OverlaySection(method="lora"),  # r 8, lora_alpha 16, all linear modules: its defaults
         train=TrainSection(epochs=3.0, learning_rate=1e-4, warmup_fraction=0.03, rows=8, compare_full_data=2),
         eval=EvalSection(max_samples=512),
         run=RunSection(folder="runs/sft"),
