@@ -4,17 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.overlays.randomized import randomized
-from tests.overlays.test_deltas_peft import IDS, MASK, REAL, bases, close, torch_base  # noqa: F401  bases is a fixture
 
 from qtjax import models
 from qtjax.checkpoints import adapter_state_dict, load_adapter, save_adapter
 from qtjax.errors import QtjaxError
 from qtjax.overlays import init_overlay
+from tests.overlays.randomized import randomized
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+
+from tests.overlays.test_deltas_peft import IDS, MASK, REAL, bases, close, torch_base  # noqa: E402, F401  bases is a fixture
 
 TASKS = np.array([2, 0])
 LABELS = np.where(REAL, IDS, -100)

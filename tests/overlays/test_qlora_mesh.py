@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 SCRIPT = '''
 import os
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -15,8 +19,6 @@ from qtjax.config import MeshSection
 from qtjax.overlays import init_overlay
 from qtjax.parallel import make_mesh
 from qtjax.training.state import Subject
-
-pytestmark = pytest.mark.slow
 
 config = models.ModelConfig(vocab_size=32, hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=32, max_position_embeddings=64, initializer_range=0.1)
