@@ -6,7 +6,7 @@
 
 A step is loss and gradients of one packed microbatch and the AdamW update, without remat. All programs are compiled first
 and then run in turn, round after round in one process; a time ratio is the median over rounds of (method / full of the
-SAME round). FLOPs are the compiler's, of the model with its layers unrolled, since it counts a scan's body once.
+SAME round). FLOPs are XLA's count of the lowered program with its layers unrolled, since it counts a scan's body once.
 """
 
 import argparse
@@ -48,7 +48,7 @@ SETTINGS = {
     "prompt": "num_virtual_tokens=16", "mpt": "num_virtual_tokens=16", "prefix": "num_virtual_tokens=16",
     "llama_adapter": "adapter_len=10 adapter_layers=3", "houlsby": "bottleneck=16", "xlora": "use_trainable_adapters=true",
 }  # fmt: skip
-LEFT_OUT = ("laplace", "qlora")  # their training step is LoRA's
+LEFT_OUT = ("laplace", "qlora")  # laplace trains as lora does; qlora needs another base: benchmarks/qlora_memory.py
 
 
 def _rows(config: models.ModelConfig, rows: int, length: int) -> dict[str, np.ndarray]:
