@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: where the reference data lies, and a strict numeric environment."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -20,6 +21,17 @@ def compile_once(tmp_path_factory) -> None:
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(autouse=True)
+def few_mappings() -> Iterator[None]:
+    """Every compiled program maps memory, and Linux grants a process 65,530 mappings: a worker that kept them all would die."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > 15_000:
+        import jax
+
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
