@@ -220,6 +220,11 @@ def sparse_delta(overlay: Overlay) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return out
 
 
+def is_projected(overlay: Overlay) -> bool:
+    """Whether a diffprune overlay has been projected, so that `sparse_delta` is as sparse as kept_fraction says."""
+    return bool(_state(overlay.spec, overlay.params)["fixed"])
+
+
 METHOD = Method(
     fields=DiffPruneFields,
     read=_read,
