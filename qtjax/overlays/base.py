@@ -235,6 +235,9 @@ def init_overlay(
     given = own.given(spec, fields)
     if given:
         params, frozen = table.split(leaves, flatten(params) | flatten(frozen) | dict(given))
+    # Training donates its state: an array that starts as one of the base's, or stands in both trees, would be gone there.
+    held = {id(leaf) for leaf in (*base.leaves.values(), *jax.tree.leaves(frozen))}
+    params = jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in held else leaf, params)
     return Overlay(method, spec, params, frozen)
 
 
