@@ -303,7 +303,7 @@ def is_run_folder(path: str | Path) -> bool:
 
 
 def run_config(folder: str | Path) -> Config:
-    """The config that a run folder was written with; run.folder is where it lies now, since what it holds is read from there.
+    """The config that a run folder was written with; run.folder is where it lies now: its files are there.
 
     Raises QtjaxError when it is no run folder.
     """

@@ -13,8 +13,8 @@ SPARSE = "sparse_delta.safetensors"
 def main(argv: Sequence[str] | None = None) -> None:
     own = parse_flags(
         "python -m qtjax.export",
-        "Writes a run's newest checkpoint: an HF folder that transformers loads, or for overlay runs an adapter that peft loads,"
-        " as the run itself writes it.",
+        "Writes a run's newest checkpoint: an HF folder that transformers loads, or for overlay runs an adapter that peft"
+        " loads, as the run itself writes it.",
         argv,
         {
             "run": ("", "run folder"),

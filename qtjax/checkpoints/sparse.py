@@ -32,9 +32,10 @@ def save_sparse_delta(path: str | Path, overlay: Overlay) -> None:
     overlay = overlay.replace(params=jax.tree.map(host_array, overlay.params))
     delta = sparse_delta(overlay)
     if not is_projected(overlay):
+        count = sum(len(values) for _, values in delta.values())
         raise QtjaxError(
-            f"sparse delta: the difference is not projected yet, {sum(len(v) for _, v in delta.values()):,} values are open; train"
-            " on to project_at of the run, or save the adapter"
+            f"sparse delta: the difference is not projected yet, {count:,} values are open; train on to project_at of the run, or"
+            " save the adapter"
         )
     tensors = {}
     for name, (indices, values) in delta.items():

@@ -51,7 +51,9 @@ def prompts(dataset: TokenizedDataset, classes: np.ndarray, most: int = ROWS) ->
     return Prompts(ids, mask, np.array([label for _, label in kept], int))
 
 
-def fit_posterior(config: ModelConfig, params: Tree, overlay: Overlay, training: TokenizedDataset) -> tuple[Overlay, np.ndarray]:
+def fit_posterior(
+    config: ModelConfig, params: Tree, overlay: Overlay, training: TokenizedDataset
+) -> tuple[Overlay, np.ndarray]:
     """(the overlay with its posterior fitted to the training data, the classes [C] that it was fitted on).
 
     Raises QtjaxError when the data ask no question of `first_tokens`' kind.
