@@ -95,13 +95,13 @@ def loaded_by_peft(base_folder, folder):
 ])  # fmt: skip
 def test_three_steps_later_peft_computes_the_same(after, name, loader, tmp_path):
     """init -> three AdamW steps with the method's rule -> save_adapter -> peft loads it: same logits, which the steps moved."""
-    (folder, config, params), fresh, overlay, state = after(name)
+    (folder, config, params), fresh, overlay, _ = after(name)
     logits = ROWS.logits(config, params, overlay, **tasks_of(overlay))
     assert ROWS.apart(logits, ROWS.logits(config, params, fresh, **tasks_of(fresh))) > 0.05
     save_adapter(tmp_path, overlay, base_model_name=str(folder))
     model = loader(folder, tmp_path)
     theirs = ROWS.torch_logits(model, **{key: torch.tensor(ids) for key, ids in tasks_of(overlay).items()})
-    print(f"{name}: moved {ROWS.apart(logits, ROWS.logits(config, params, fresh, **tasks_of(fresh))):.2f} apart {ROWS.apart(logits, theirs):.1e}")
+    print(f"{name}: apart {ROWS.apart(logits, theirs):.1e}")
     ROWS.close(logits, theirs)
 
 
@@ -109,7 +109,7 @@ def test_three_steps_later_peft_computes_the_same(after, name, loader, tmp_path)
 @pytest.mark.parametrize("name", CASES)
 def test_the_saved_folder_goes_on_as_what_was_kept(after, name, tmp_path):
     """Trainables, frozen arrays and what the method's rule decided come back bitwise; so does the next step, moments carried over."""
-    (_, config, params), fresh, overlay, state = after(name)
+    (_, config, params), _, overlay, state = after(name)
     save_adapter(tmp_path, overlay)
     again = load_adapter(tmp_path, config, params)
     again = again.replace(method=overlay.method) if overlay.method == "qlora" else again  # its folder says LORA: base unknown
@@ -122,14 +122,13 @@ def test_the_saved_folder_goes_on_as_what_was_kept(after, name, tmp_path):
     goes_on = steps.step(config, params, overlay, state, 4)
     resumed = steps.step(config, params, again, steps.TrainState(again.params, state.optimizer, state.method), 4)
     jax.tree.map(np.testing.assert_array_equal, resumed, goes_on)
-    for path, value in flatten(goes_on.trainable).items():
-        assert not np.array_equal(value, flatten(overlay.params)[path]), path
+    assert any(not np.array_equal(value, flatten(overlay.params)[path]) for path, value in flatten(goes_on.trainable).items())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, part, left", [("adalora", "lora_E", 28), ("diffprune", "delta", 0.1)])
-def test_the_rules_after_a_step_have_acted(after, name, part, left):
-    """What the tests above carry over is a pruned overlay: 28 of 56 triplets, a tenth of the differences."""
+@pytest.mark.parametrize("name, part, fraction", [("adalora", "lora_E", 2 / 4), ("diffprune", "delta", 0.1)])
+def test_the_rules_after_a_step_have_acted(after, name, part, fraction):
+    """What the tests above carry over is pruned: target_r of init_r triplets on average, kept_fraction of the differences."""
     _, _, overlay, _ = after(name)
     values = np.concatenate([np.asarray(x).ravel() for path, x in flatten(overlay.params).items() if path.endswith(part)])
-    assert np.count_nonzero(values) == (left if left > 1 else round(left * values.size))
+    assert np.count_nonzero(values) == round(fraction * values.size)
