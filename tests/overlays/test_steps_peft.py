@@ -27,7 +27,8 @@ TASKS = np.array([2, 0])
 # Beside every method with small settings: those whose rule after a step acts within the three steps, and other forms.
 OTHERS = {
     "adalora": ("adalora", SMALL["adalora"] | {"total_step": 4}),  # cuts at steps 2 and 3
-    "diffprune": ("diffprune", SMALL["diffprune"] | {"total_step": 4, "kept_fraction": 0.1}),  # projects at step 2
+    # projects at step 2; alpha's own rate is meant for learning rates near 1e-4, here it would close every gate in one step
+    "diffprune": ("diffprune", SMALL["diffprune"] | {"total_step": 4, "kept_fraction": 0.1, "alpha_rate": 5.0}),
     "oft-coft": ("oft", {"oft_block_size": 4, "coft": True, "eps": 0.05}),
     "lora-pissa": ("lora", {"r": 3, "init_lora_weights": "pissa"}),
     "lora-ends": ("lora", {"r": 3, "target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head", "norm"]}),
