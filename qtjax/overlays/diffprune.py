@@ -133,7 +133,7 @@ def _penalty(spec: Spec, params: Tree) -> Array:
     return f.sparsity_weight * total
 
 
-def _after_step(spec: Spec, params: Tree, state: Tree, gradients: Tree, step: Array) -> tuple[Tree, Tree]:
+def _after_step(spec: Spec, params: Tree, state: Tree, gradients: Tree | None, step: Array) -> tuple[Tree, Tree]:
     """The projection at step project_at * total_step (or the first one after it), and after it the support held fast."""
     del gradients
     f = spec.fields

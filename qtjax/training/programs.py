@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from qtjax.config import PruneSection
 from qtjax.parallel import batch_sharding, replicated
 from qtjax.training.score import score_rows
-from qtjax.training.state import Subject, TrainState, optimizer_shardings
-from qtjax.training.step import Decision, accumulate, decide, place, update
+from qtjax.training.state import Subject, TrainState, state_shardings
+from qtjax.training.step import Decision, accumulate, decide, place, skip, update
 from qtjax.tree import Tree
 
 Shapes = Any  # a tree of jax.ShapeDtypeStruct
@@ -39,7 +39,7 @@ class Programs:
     unscored() -> token nll, entropy [N, T], all 0;  place[rows](nll, entropy, *scores of rows, sample, slot) -> the two
     decide(token_nll, token_entropy, targets, closing, valid) -> Decision
     zeros() -> (gradients, loss);  accumulate[rows](trainable, frozen, gradients, loss, rows, rng) -> (gradients, loss)
-    update(state, gradients, targets) -> (state, metrics)
+    update(state, gradients, targets) -> (state, metrics);  skip(state) -> state, where there is no target
     """
 
     def __init__(
@@ -61,7 +61,8 @@ class Programs:
         abstract = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding))
         trainable, frozen = abstract(state.trainable), abstract(frozen)
         state = TrainState(trainable, abstract(state.optimizer), abstract(state.method))
-        shardings = subject.shardings(mesh)
+        after = state_shardings(subject, mesh, trainable, optimizer)
+        shardings = after.trainable
         gradients = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), trainable)
         scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
         uses_rng = subject.overlay is not None and subject.overlay.draws
@@ -97,12 +98,11 @@ class Programs:
             return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable), jnp.float32(0)
 
         job("zeros", zeros, out_shardings=(shardings, everywhere))
-        kept = jax.tree.map(lambda _: everywhere, state.method)
-        after = TrainState(shardings, optimizer_shardings(optimizer, trainable, shardings, mesh), kept)
         job(
             "update", partial(update, subject, optimizer), state, gradients, scalar,
             donate_argnums=(0,), out_shardings=(after, everywhere),
         )  # fmt: skip
+        job("skip", partial(skip, subject), state, donate_argnums=(0,), out_shardings=after)
 
         def compile_one(name: str) -> Any:
             with jax.set_mesh(mesh):
@@ -118,7 +118,7 @@ class Programs:
         self.accumulate = {rows: compiled[f"accumulate {rows}"] for rows in shapes}
         self.place = {rows: compiled[f"place {rows}"] for rows in shapes if f"place {rows}" in compiled}
         self.unscored, self.decide = compiled.get("unscored"), compiled.get("decide")
-        self.zeros, self.update = compiled["zeros"], compiled["update"]
+        self.zeros, self.update, self.skip = compiled["zeros"], compiled["update"], compiled["skip"]
 
 
 def _accumulate(subject, mesh, trainable, frozen, gradients, loss, rows, key):
