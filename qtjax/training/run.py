@@ -31,6 +31,8 @@ from qtjax.training.ladder import ladder
 from qtjax.training.loop import Loop
 from qtjax.training.optimizer import learning_rate_schedule
 from qtjax.training.programs import Programs
+from qtjax.training.pruners import pruners
+from qtjax.training.reference import check_reference, reference_nll
 from qtjax.training.run_folder import RunFolder
 from qtjax.training.setup import Model, check_overlay, checkpoint_tree, from_checkpoint, load_model, start
 from qtjax.tree import Tree
@@ -72,7 +74,10 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     """Loads data and model, compiles every program, restores the newest whole checkpoint and cuts the records back to it."""
     begin = time.perf_counter()
     mesh = make_mesh(config.mesh)
+    needs = pruners(config.prune)
     tokenizer = load_tokenizer(config.model.path)
+    if needs.reference:
+        check_reference(config, tokenizer)
     shape = read_config(resolve_folder(config.model.path))
     _check_fit(config, shape)
     dataset = training_data(config.data, tokenizer)
@@ -85,6 +90,7 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
         len(dataset), config.prune.batch_size, config.train.seed, jax.process_index(), jax.process_count()
     )
     steps = total_steps(config, plan)
+    reference = reference_nll(config, dataset, mesh, folder.path, fingerprint(dataset)) if needs.reference else None
     model = load_model(config, mesh, steps)
     state, frozen, optimizer = start(config, mesh, model, steps)
     shapes = ladder(config.train.rows, batch_size(mesh), config.train.shapes)
@@ -93,7 +99,7 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     quiet = contextlib.nullcontext(_Silent())  # without a terminal a spinner leaves blank lines
     with console.status("compiling") if console.is_terminal else quiet as status:
         programs = Programs(
-            model.subject, mesh, config.prune, optimizer, state, frozen, shapes=shapes, row_length=row_length,
+            model.subject, mesh, config.prune, config.train.loss, optimizer, state, frozen, shapes=shapes, row_length=row_length,
             samples=samples, max_length=config.data.max_length, on_done=lambda name: status.update(f"compiling: {name} done"),
         )  # fmt: skip
     compiled = time.perf_counter()
@@ -104,7 +110,7 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     )
     loop = Loop(
         config, mesh, dataset, plan, programs, state, frozen, shapes=shapes, row_length=row_length,
-        schedule=learning_rate_schedule(config.train, steps),
+        schedule=learning_rate_schedule(config.train, steps), last=steps, reference=reference,
     )  # fmt: skip
     checkpoints = RunState(folder.checkpoints, config.train.keep_checkpoints)
     step = _resume(loop, steps, checkpoints, folder, dataset, console)
