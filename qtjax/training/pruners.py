@@ -7,8 +7,7 @@ import numpy as np
 
 from qtjax.config import PruneSection
 from qtjax.errors import QtjaxError
-from qtjax.pruning import SAMPLE_PRUNERS, TOKEN_PRUNERS, SamplePruner, TokenPruner
-from qtjax.pruning.infobatch import START, anneals, epoch_choice
+from qtjax.pruning import INITIAL_SCORE, SamplePruner, TokenPruner, anneals, epoch_choice, sample_pruner, token_pruner
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Pruners:
 
 def pruners(prune: PruneSection) -> Pruners:
     """The pruners that a config names. Raises QtjaxError for settings that do not go together."""
-    sample, token = SAMPLE_PRUNERS[prune.sample_pruner], TOKEN_PRUNERS[prune.token_pruner]
+    sample, token = sample_pruner(prune.sample_pruner), token_pruner(prune.token_pruner)
     decides = (prune.sample_pruner, prune.token_pruner) != ("none", "none")
     out = Pruners(sample, token, decides, prune.sample_pruner == "infobatch")
     if prune.token_scope in ("q2", "q2+q4") and not sample.quadrants:
@@ -84,7 +83,7 @@ class EpochPlan:
 
     def __init__(self, count: int, steps_per_epoch: int, last: int, prune: PruneSection, seed: int):
         self.steps_per_epoch, self.epochs, self.prune, self.seed = steps_per_epoch, last / steps_per_epoch, prune, seed
-        self.scores, self.weight, self.epoch = np.full(count, START, np.float32), np.ones(count, np.float32), -1
+        self.scores, self.weight, self.epoch = np.full(count, INITIAL_SCORE, np.float32), np.ones(count, np.float32), -1
 
     def at(self, step: int) -> np.ndarray:
         """float32 [n], the weights of the epoch that `step` (0, 1, ...) belongs to."""

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from qtjax import models
 from qtjax.config import PruneSection
-from qtjax.pruning import SAMPLE_PRUNERS, Candidates, SampleChoice, Targets, choose_tokens, spearman
+from qtjax.pruning import Candidates, SampleChoice, Targets, choose_tokens, sample_pruner, spearman
 from qtjax.scoring import head_loss_and_nll, sample_scores
 from qtjax.training.optimizer import global_norm
 from qtjax.training.pruners import pruners, token_scope
@@ -54,9 +54,11 @@ def choose(prune: PruneSection, batch: Rows, key: Array, perplexity: Array, entr
     candidates = Candidates(
         perplexity, entropy, batch["targets"].sum(axis=1, dtype=jnp.int32), batch["valid"], _draws(key, 0, batch["index"])
     )
-    return SAMPLE_PRUNERS[prune.sample_pruner].choose(
-        candidates, prune.sample_keep, policy=prune.policy, supplement=prune.supplement, planned=batch.get("planned")
-    )
+    options: dict[str, Any] = {"policy": prune.policy, "supplement": prune.supplement}
+    if "planned" in batch:
+        options |= {"planned_keep": batch["planned"] > 0, "planned_weight": batch["planned"]}
+    pruner = sample_pruner(prune.sample_pruner)
+    return pruner.choose(candidates, prune.sample_keep, **{name: options[name] for name in pruner.options})
 
 
 def choose_early(prune: PruneSection, batch: Rows, key: Array) -> Array:
@@ -93,9 +95,10 @@ def decide(prune: PruneSection, scores: dict[str, Array], batch: Rows, key: Arra
             scores.get("nll", jnp.zeros(targets.shape)), targets & pruned[:, None], _draws(key, 1, batch["index"]),
             batch.get("reference"), scores.get("attention"),
         )  # fmt: skip
+        options = {"neighbor_weight": prune.neighbor_weight, "neighbors": prune.neighbors}
         chosen = choose_tokens(
             prune.token_pruner, rated, prune.token_keep, protect=batch["closing"] if prune.protect_eos else None,
-            neighbor_weight=prune.neighbor_weight, neighbors=prune.neighbors,
+            **{name: options[name] for name in with_scores.token.options},
         )  # fmt: skip
         tokens &= chosen | ~pruned[:, None]
     return Decision(
