@@ -31,7 +31,8 @@ def direct(hidden, kernel, labels, weights, loss):
 @functools.partial(jax.jit, static_argnums=4)
 def expected(hidden, kernel, labels, weights, loss):
     """direct and its gradients of hidden, kernel and weights; the last is 0, by contract, where the weight is."""
-    value, (dh, dk, dw) = jax.value_and_grad(functools.partial(direct, loss=loss), (0, 1, 3))(hidden, kernel, labels, weights)
+    f = jax.value_and_grad(functools.partial(direct, loss=loss), (0, 1, 3))
+    value, (dh, dk, dw) = f(hidden, kernel, labels, weights)
     return value, (dh, dk, jnp.where(weights != 0, dw, 0))
 
 
@@ -59,12 +60,15 @@ def matmuls(f, *arguments):
     return str(jax.make_jaxpr(f)(*arguments)).count("dot_general[")
 
 
-@pytest.mark.parametrize(("loss", "layout", "V"), [("dft", "dv", 29), ("dft", "vd", 29), ("eaft", "dv", 29), ("eaft", "vd", 7)])
+@pytest.mark.parametrize(
+    ("loss", "layout", "V"), [("dft", "dv", 29), ("dft", "vd", 29), ("eaft", "dv", 29), ("eaft", "vd", 7)]
+)
 def test_value_and_gradients_equal_autodiff_with_a_constant_factor(loss, layout, V):
-    """Loss, d hidden, d kernel (either layout), d weights as autodiff of the definition with stop_gradient, also below 20 tokens."""
+    """Loss and gradients (either layout) as autodiff of the definition with stop_gradient, also below 20 tokens."""
     hidden, kernel, labels, weights = draw(V=V)
     stored = kernel if layout == "dv" else kernel.T
-    mine = jax.value_and_grad(functools.partial(head_loss, loss=loss, chunk=4, layout=layout), (0, 1, 3))(hidden, stored, labels, weights)
+    f = jax.value_and_grad(functools.partial(head_loss, loss=loss, chunk=4, layout=layout), (0, 1, 3))
+    mine = f(hidden, stored, labels, weights)
     theirs = expected(hidden, kernel, labels, weights, loss)
     np.testing.assert_allclose(mine[0], theirs[0], rtol=1e-5)
     np.testing.assert_allclose(mine[1][0], theirs[1][0], rtol=1e-4, atol=1e-5)
@@ -79,7 +83,8 @@ def test_dft_slope_is_p_times_the_plain_slope(logits, label):
     z = np.exp(np.array(logits) - max(logits))
     softmax = z / z.sum()
     # The nll, up to 62, carries an absolute error near 62 * 2**-23 = 7e-6, which is p's relative error.
-    np.testing.assert_allclose(of_logits(logits, label, "dft")[1] / softmax[label], softmax - np.eye(6)[label], rtol=1e-4, atol=1e-6)
+    slope = of_logits(logits, label, "dft")[1]
+    np.testing.assert_allclose(slope / softmax[label], softmax - np.eye(6)[label], rtol=1e-4, atol=1e-6)
 
 
 def test_factors_by_hand():
@@ -92,7 +97,7 @@ def test_factors_by_hand():
 
 @pytest.mark.parametrize("V", [1, 5, 50])
 def test_equal_logits(V):
-    """All logits equal: the dft factor is 1 / V, the eaft factor ln(min(V, 20)) / 3, the authors' scale for any vocabulary."""
+    """All logits equal: the dft factor is 1 / V, the eaft factor ln(min(V, 20)) / 3, the authors' 3 for any V."""
     for loss, factor in (("dft", 1 / V), ("eaft", np.log(min(V, 20)) / 3)):
         np.testing.assert_allclose(of_logits(np.full(V, 1.7), 0, loss)[0], factor * np.log(V), rtol=1e-6)
 
@@ -136,7 +141,8 @@ def test_bfloat16_operands_keep_a_float32_factor(loss):
     """Loss and d weights to float32 accuracy on the rounded operands; gradients in bfloat16, within its rounding."""
     hidden, kernel, labels, weights = draw(4, 8, D=16, V=300, seed=1)
     hidden, kernel = hidden.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
-    value, gradients = jax.value_and_grad(functools.partial(head_loss, loss=loss, chunk=8), (0, 1, 3))(hidden, kernel, labels, weights)
+    f = jax.value_and_grad(functools.partial(head_loss, loss=loss, chunk=8), (0, 1, 3))
+    value, gradients = f(hidden, kernel, labels, weights)
     exact = expected(hidden.astype(jnp.float32), kernel.astype(jnp.float32), labels, weights, loss)
     np.testing.assert_allclose(value, exact[0], rtol=1e-5)
     np.testing.assert_allclose(gradients[2], exact[1][2], rtol=1e-4, atol=1e-6)
@@ -147,7 +153,7 @@ def test_bfloat16_operands_keep_a_float32_factor(loss):
 
 @pytest.mark.parametrize(("loss", "layout"), [("plain", "dv"), ("dft", "vd"), ("eaft", "dv")])
 def test_the_nll_beside_the_loss(loss, layout):
-    """token_scores' nll at targets, 0 elsewhere, whatever the loss; the loss and its gradients are head_loss's, bit for bit."""
+    """token_scores' nll at targets, 0 elsewhere, whatever the loss; loss and gradients are head_loss's, bit for bit."""
     hidden, kernel, labels, weights = draw(seed=3)
     kernel = kernel if layout == "dv" else kernel.T
     knobs = {"loss": loss, "layout": layout, "chunk": 4}
@@ -190,13 +196,17 @@ def test_nothing_is_computed_twice(loss, argnums, count):
 def test_temporary_memory_is_one_chunk_of_logits(loss):
     """No [T, V] array: temporaries near c * V + D * V floats, as the plain loss's."""
     B, L, D, V, chunk = 4, 256, 16, 4096, 16
-    shapes = [jax.ShapeDtypeStruct(s, t) for s, t in [((B, L, D), "float32"), ((D, V), "float32"), ((B, L), "int32"), ((B, L), "float32")]]
+    hidden, kernel, weights = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((B, L, D), (D, V), (B, L)))
+    labels = jax.ShapeDtypeStruct((B, L), jnp.int32)
     f = jax.jit(jax.value_and_grad(functools.partial(head_loss_and_nll, chunk=chunk, loss=loss), (0, 1), has_aux=True))
-    assert f.lower(*shapes).compile().memory_analysis().temp_size_in_bytes < 4 * (3 * chunk * V + 2 * D * V) < 4 * B * L * V / 10
+    program = f.lower(hidden, kernel, labels, weights).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 4 * (3 * chunk * V + 2 * D * V) < 4 * B * L * V / 10
 
 
 @pytest.mark.parametrize("f", [head_loss, head_loss_and_nll])
-@pytest.mark.parametrize(("loss", "remedy"), [("etaf", "did you mean 'eaft'"), ("DFT", "did you mean 'dft'"), (None, "plain, dft, eaft")])
+@pytest.mark.parametrize(
+    ("loss", "remedy"), [("etaf", "did you mean 'eaft'"), ("DFT", "did you mean 'dft'"), (None, "plain, dft, eaft")]
+)
 def test_an_unknown_loss_is_one_line(f, loss, remedy):
     """The error names the value, the known losses and near names."""
     with pytest.raises(QtjaxError) as caught:
@@ -218,7 +228,9 @@ hidden, head = (jnp.asarray(r.normal(size=s), jnp.float32) for s in ((B, L, D), 
 labels = jnp.asarray(r.integers(0, V, (B, L)), jnp.int32)
 weights = jnp.asarray(r.uniform(.5, 2, (B, L)) * (r.random((B, L)) < .5), jnp.float32).at[:4].set(0)  # some devices idle
 rows = ("data", "fsdp")
-for shape, layout, loss in (((2, 2, 2), "dv", "dft"), ((2, 2, 2), "vd", "eaft"), ((8, 1, 1), "dv", "eaft"), ((1, 2, 4), "dv", "plain")):
+for shape, layout, loss in (
+    ((2, 2, 2), "dv", "dft"), ((2, 2, 2), "vd", "eaft"), ((8, 1, 1), "dv", "eaft"), ((1, 2, 4), "dv", "plain")
+):
     mesh = Mesh(np.array(jax.devices()).reshape(shape), ("data", "fsdp", "tensor"))
     put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
     kernel, spec = (head, ("fsdp", "tensor")) if layout == "dv" else (head.T, ("tensor", "fsdp"))
