@@ -77,7 +77,7 @@ def _step(method: str, config: models.ModelConfig, params, rows: dict[str, np.nd
 
     def step(state, frozen, rows):
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
-        gradients, loss = accumulate(subject, mesh, state.trainable, frozen, zeros, jnp.float32(0), rows, rng)
+        gradients, loss, _ = accumulate(subject, mesh, "plain", state.trainable, frozen, zeros, jnp.float32(0), rows, rng)
         state, _ = update(subject, optimizer, state, gradients, targets)
         return state, loss / targets
 
