@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     from qtjax.data.prepare import data_line, training_data, training_rows
     from qtjax.data.progress import LateProgress
     from qtjax.data.tokenizer import check_vocabulary
-    from qtjax.evals.curate import FORMATS, Parts, digest, write_results
+    from qtjax.evals.curate import FORMATS, Parts, write_results
     from qtjax.evals.decisions import check_offline, decisions
     from qtjax.report.plane import draw_plane
     from qtjax.training.open_model import open_mesh, open_model
@@ -48,12 +48,11 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     model = open_model(config.model, own["checkpoint"], mesh=mesh)
     rows, dataset = training_rows(config.data), training_data(config.data, model.tokenizer)
     check_vocabulary(model.tokenizer, model.config.vocab_size, dataset.input_ids)
-    data = digest(dataset)
-    parts = Parts(out, config, own["checkpoint"], data)
+    parts = Parts(out, config, own["checkpoint"], dataset)
     reference = None
     if needs.reference:
         check_reference(config, model.tokenizer)
-        reference = reference_nll(config, dataset, mesh, out, data)
+        reference = reference_nll(config, dataset, mesh, out)
     if parts.done:
         console.print(f"goes on after batch {parts.done}", highlight=False)
     begin = time.monotonic()
@@ -65,7 +64,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
         )  # fmt: skip
         try:
             for one in decided:
-                parts.append(dataset, one)
+                parts.append(one)
                 if time.monotonic() - begin > _EVERY:
                     parts.flush()
                     begin = time.monotonic()

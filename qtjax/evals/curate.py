@@ -4,7 +4,6 @@ The folder holds, when done, kept.jsonl or kept.parquet (the source's own rows, 
 (every sample, kept or not; records.samples.SCHEMA) and eu_plane.png; on the way parts/, from which a stopped run goes on.
 """
 
-import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -37,10 +36,10 @@ class Parts:
     Raises QtjaxError when the folder holds a curation of other settings or data.
     """
 
-    def __init__(self, out: Path, config: Config, model: str, digest: str):
+    def __init__(self, out: Path, config: Config, model: str, dataset: TokenizedDataset):
         settings = {name: value for name, value in config.flat().items() if name.split(".")[0] in ("data", "prune", "model")}
-        settings |= {"train.seed": config.train.seed, "checkpoint": model, "data digest": digest}
-        self.folder = out / "parts"
+        settings |= {"train.seed": config.train.seed, "checkpoint": model, "data.fingerprint": dataset.fingerprint}
+        self.folder, self._dataset = out / "parts", dataset
         with disk_errors(out, "making the folder"):
             self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
@@ -67,10 +66,10 @@ class Parts:
         found = [(*map(int, path.stem.split("-")[1:]), path) for path in self.folder.glob("batches-*-*.parquet")]
         return sorted(found)
 
-    def append(self, dataset: TokenizedDataset, decided: Decided) -> None:
+    def append(self, decided: Decided) -> None:
         """Holds a batch until `flush`."""
         batch, decision = decided.batch, decided.decision
-        columns = record_columns(dataset, batch, decision)
+        columns = record_columns(self._dataset, batch, decision)
         table = to_table(decided.step + 1, columns)
         real = np.flatnonzero(batch.valid)
         kept = [np.flatnonzero(decision.tokens[i]).astype(np.int32) for i in real]
@@ -147,12 +146,4 @@ def _parquet(file: Any, rows: Iterator[dict[str, Any]]) -> None:
         raise QtjaxError(f"kept.parquet: the rows have no common types ({reason}); write them as JSON lines: --format jsonl") from None
 
 
-def digest(dataset: TokenizedDataset) -> str:
-    """SHA-256 of ids and offsets: a curation goes on only over the data it began with."""
-    found = hashlib.sha256()
-    for array in (dataset.input_ids, dataset.loss_mask, dataset.offsets):
-        found.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return found.hexdigest()
-
-
-__all__ = ["FIELD", "FORMATS", "Parts", "digest", "write_results"]
+__all__ = ["FIELD", "FORMATS", "Parts", "write_results"]

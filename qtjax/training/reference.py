@@ -36,12 +36,12 @@ def check_reference(config: Config, tokenizer: Any) -> None:
         )
 
 
-def reference_nll(config: Config, dataset: TokenizedDataset, mesh: Mesh, folder: Path, digest: str) -> np.ndarray:
+def reference_nll(config: Config, dataset: TokenizedDataset, mesh: Mesh, folder: Path) -> np.ndarray:
     """float32 [total], nats: every token's nll under prune.reference_model, 0 where it is no target.
 
-    Kept in the run folder by `digest` of the data, so that a resumed run reads it back.
+    Kept in `folder` under a name made of the data's fingerprint and the model's path, so that a resumed run reads it back.
     """
-    name = hashlib.sha256(f"{digest} {config.prune.reference_model}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{dataset.fingerprint} {config.prune.reference_model}".encode()).hexdigest()[:16]
     file = folder / f"reference_nll-{name}.npy"
     if file.is_file():
         with disk_errors(file, "reading"):

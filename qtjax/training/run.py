@@ -90,7 +90,7 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
         len(dataset), config.prune.batch_size, config.train.seed, jax.process_index(), jax.process_count()
     )
     steps = total_steps(config, plan)
-    reference = reference_nll(config, dataset, mesh, folder.path, fingerprint(dataset)) if needs.reference else None
+    reference = reference_nll(config, dataset, mesh, folder.path) if needs.reference else None
     model = load_model(config, mesh, steps)
     state, frozen, optimizer = start(config, mesh, model, steps)
     shapes = ladder(config.train.rows, batch_size(mesh), config.train.shapes)
@@ -159,14 +159,6 @@ def check_tasks(config: Config, shape: ModelConfig, dataset: TokenizedDataset) -
         check_task_ids(overlay.tasks, dataset.task_ids, dataset.task_ids.shape)
 
 
-def fingerprint(dataset: TokenizedDataset) -> str:
-    """SHA-256 of ids and targets: a run resumes only on the data it began with."""
-    digest = hashlib.sha256()
-    for array in (dataset.input_ids, dataset.loss_mask, dataset.offsets):
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return digest.hexdigest()
-
-
 def base_fingerprint(frozen: Tree) -> str:
     """SHA-256 over a sum of every frozen leaf: an overlay resumes only on the base it began with; "" without one."""
     if not frozen:
@@ -184,7 +176,7 @@ def _resume(
         return 0
     if found.skipped:
         console.print(f"resume  skipped unreadable checkpoints of steps {', '.join(map(str, found.skipped))}", highlight=False)
-    if found.meta["data"] != fingerprint(dataset):
+    if found.meta["data"] != dataset.fingerprint:
         raise QtjaxError(
             f"{folder.path}: data.path = {loop.config.data.path!r} holds other samples than when this run began; put the old"
             " data back, or choose another run.folder"
@@ -206,7 +198,7 @@ def train_steps(session: Session, folder: RunFolder, *, quiet: bool = False) -> 
     """The remaining optimizer steps; records and checkpoints on the way. Raises Interrupted after a clean stop."""
     loop, last = session.loop, session.total_steps
     every = session.config.train.checkpoint_every
-    meta = {"data": fingerprint(session.dataset), "base": base_fingerprint(loop.frozen), "total_steps": last}
+    meta = {"data": session.dataset.fingerprint, "base": base_fingerprint(loop.frozen), "total_steps": last}
     with (
         contextlib.ExitStack() as ending,
         _stop_requested() as stop,
@@ -257,4 +249,4 @@ def _stop_requested() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-__all__ = ["Interrupted", "Session", "fingerprint", "open_session", "total_steps", "train_steps"]
+__all__ = ["Interrupted", "Session", "open_session", "total_steps", "train_steps"]

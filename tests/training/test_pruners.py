@@ -17,7 +17,6 @@ from qtjax.training import reference, story
 from qtjax.training.batch import survivors
 from qtjax.training.pruners import pruners
 from qtjax.training.restore import load_run
-from qtjax.training.run import fingerprint
 from qtjax.training.step import decide, step_key
 from qtjax.tree import flatten
 
@@ -225,7 +224,7 @@ def test_the_reference_is_scored_once_and_read_back(opened, tiny_model, monkeypa
     folder = opened.root / "run"
     assert len(list(folder.glob("reference_nll-*.npy"))) == 1
     monkeypatch.setattr(reference, "load_pretrained", None)
-    found = reference.reference_nll(loop.config, loop.dataset, loop.mesh, folder, fingerprint(loop.dataset))
+    found = reference.reference_nll(loop.config, loop.dataset, loop.mesh, folder)
     np.testing.assert_array_equal(found, loop.reference)
 
 
