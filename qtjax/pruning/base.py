@@ -114,7 +114,10 @@ class TokenPruner:
 
 
 def checked_keys(keys: jax.Array, samples: int) -> jax.Array:
-    """Typed threefry keys [B]. Another generator's draws under vmap depend on the rows beside them (rbg), so it is refused."""
+    """Typed threefry keys [B].
+
+    Other generators are refused: under vmap the draws of rbg depend on the rows beside them.
+    """
     typed = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
     data = jax.random.key_data(keys) if typed else jnp.asarray(keys)
     if data.shape != (samples, 2) or data.dtype != jnp.uint32:

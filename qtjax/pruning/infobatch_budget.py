@@ -1,8 +1,8 @@
 """InfoBatch's rule within one scoring batch and to an exact budget, which the original cannot reach.
 
-Source: our adaptation of arXiv 2303.04947: samples whose loss is at or above the mean first, the rest of the budget drawn at random
-from below, each of these standing for n_below / (number drawn) samples. Unbiased, like the original, while the budget holds all
-samples above the mean; below that it is a ranking by loss with weights 1.
+Source: our adaptation of arXiv 2303.04947: samples whose loss is at or above the mean first, the rest of the budget
+drawn at random from below, each of these standing for n_below / (number drawn) samples. Unbiased, like the original,
+while the budget holds one sample more than lie above the mean; smaller budgets are a ranking by loss with weights 1.
 """
 
 import jax

@@ -1,8 +1,8 @@
-"""Sample pruners that keep the first K of one order: at random, by length, by entropy, by perplexity; and the one that keeps all.
+"""Sample pruners that keep the first K of one order (random, length, entropy, perplexity), and the one that keeps all.
 
 Source: the baselines of Q-Tuning, arXiv 2509.23873, section 4. Where that paper is silent, our decisions:
-- longest: the paper's table says that the longest are kept, its prose that they are removed; `shortest` is the other reading.
-  Length is the number of targets, the answer's, not the prompt's.
+- longest: the paper's table says that the longest are kept, its prose that they are removed; `shortest` is the other
+  reading. Length is the number of targets, the answer's, not the prompt's.
 - perplexity: low, middle or high is kept, three pruners. Middle is the smallest |2*rank + 1 - n|, the distance from the
   median in ranks, which a heavy tail does not move; the pair at equal distances above and below ties, by index.
 - A pruner that reads one score asks for both to be finite, so that all pruners that score choose among the same samples.

@@ -2,8 +2,9 @@
 
 Sources stand in the registry. Where they are silent, our decisions:
 - random: the n-th target's draw depends on its sample's key and n alone, not on length, padding or the prompt before it.
-- fastv, sparsevlm: made for vision-language models. In text-only fine-tuning the prompt's rows cannot attend to the answer, so a
-  target is rated by the attention that LATER answer positions pay it; the raters compute it, the two pruners differ in nothing else.
+- fastv, sparsevlm: made for vision-language models. In text-only fine-tuning the prompt's rows cannot attend to the
+  answer, so a target is rated by the attention that LATER answer positions pay it. The raters compute it; the two
+  pruners differ in nothing else.
 - rho-1, token-cleaning: excess loss = nll - reference nll, the highest stay, over the sample's own targets or the batch's.
 """
 

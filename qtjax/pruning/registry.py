@@ -102,6 +102,6 @@ def choose_tokens(
     if mask.ndim != 2:
         raise QtjaxError(f"mask has shape {mask.shape}: must be [B, L]")
     rate = pruner.rate(targets._replace(mask=mask), **options)
-    # A pruner without a budget goes through with the whole of it, so that what is wrong in its arguments is said all the same.
+    # A pruner without a budget goes this way too, so that what is wrong in its arguments is said all the same.
     kept = keep_lowest(rate, mask, keep, protect, pruner.whole_batch)
     return kept if pruner.exact else mask
