@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -39,10 +40,11 @@ def params_of(config: ModelConfig) -> dict:
 
 
 def made(method: str, config: ModelConfig, **fields):
-    """An overlay of random values, large enough to move every rating."""
+    """An overlay of random values, large enough to move ratings and small enough to leave attention wide."""
     overlay, rng = init_overlay(method, config, params_of(config), jax.random.key(0), **fields), np.random.default_rng(1)
     leaves = (leaf for leaf in method_named(method).leaves(overlay.spec) if leaf.trained)
-    values = {leaf.path: jnp.asarray(rng.normal(0, 0.4, leaf.shape), jnp.float32) for leaf in leaves}
+    scale = 0.1 if method == "lora" else 0.4
+    values = {leaf.path: jnp.asarray(rng.normal(0, scale, leaf.shape), jnp.float32) for leaf in leaves}
     return overlay.replace(params=unflatten(values))
 
 
@@ -144,8 +146,15 @@ def compare(rater, rating, places, layers_of):
     return wanted
 
 
-@pytest.mark.parametrize("rater", models.RATERS)
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    "kind, rater",
+    (
+        ("full", "sparsevlm"),
+        ("window", "fastv"),
+        pytest.param("full", "fastv", marks=pytest.mark.slow),
+        pytest.param("window", "sparsevlm", marks=pytest.mark.slow),
+    ),
+)
 def test_ratings_equal_those_of_whole_attention_matrices(kind, rater):
     """Samples packed, padded on the left and of several blocks of rows are rated as each alone by the definition."""
     config = CONFIGS[kind]
@@ -191,9 +200,48 @@ def test_a_prompt_with_a_softmax_of_its_own_takes_no_part():
     params, (ids, targets, segments, _) = params_of(config), packed()
     overlay = made("llama_adapter", config, adapter_len=3, adapter_layers=1)
     for rater in models.RATERS:
-        before, after = (rated(config, params, ids, targets, rater, segment_ids=segments, overlay=o) for o in (None, overlay))
+        given = (config, params, ids, targets, rater, None, None, segments)
+        before, after = rated(*given), rated(*given, overlay)
         assert np.abs(before[0] - after[0]).max() > 0.1
         close(before[1], after[1], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_virtual_tokens_of_several_tasks():
+    """Packed samples of different tasks are rated as each alone with its own; an unknown traced task gives NaN."""
+    overlay = made("mpt", FULL, num_virtual_tokens=4, num_tasks=3, num_ranks=2)
+    params, (ids, targets, segments, _) = params_of(FULL), packed()
+    ids, targets, segments = ids[1:2, :124], targets[1:2, :124], segments[1:2, :124]
+    rating = {}
+    for second in (0, 5):
+        tasks = np.where(segments == 1, 2, second)
+        given = dict(segment_ids=segments, overlay=overlay, task_ids=tasks)
+        rating[second] = np.asarray(rated(FULL, params, ids, targets, "sparsevlm", **given)[1])
+    alone = [
+        rated(FULL, params, ids[:, place], targets[:, place], "sparsevlm", overlay=overlay, task_ids=np.array([task]))[1]
+        for place, task in ((slice(0, 74), 2), (slice(74, 124), 0))
+    ]
+    close(rating[0], np.concatenate(alone, axis=1))
+    np.testing.assert_array_equal(np.isnan(rating[5]), targets & (segments == 2))
+
+
+@pytest.mark.slow
+def test_an_overlay_of_two_passes_is_rated_in_the_second():
+    """With X-LoRA the rating is that of the pass whose hidden states are returned, weighed by the first pass's."""
+    config = FULL.replace(num_hidden_layers=2)
+    params, (ids, targets, segments, _) = params_of(config), packed()
+    overlay = made("xlora", config, adapters=2, r=2, use_trainable_adapters=True)
+
+    def one_pass(*states):
+        own = SimpleNamespace(tasks=0, two_passes=False, expand=lambda rng, tasks: overlay.expand(rng, tasks, *states))
+        return models.rated_hidden_states(config, params, ids, targets, "fastv", segment_ids=segments, overlay=own)
+
+    first = jax.jit(one_pass)()
+    wanted = jax.jit(one_pass)(first[0])
+    hidden, rating = rated(config, params, ids, targets, "fastv", segment_ids=segments, overlay=overlay)
+    close(hidden, wanted[0], atol=1e-4)
+    close(rating, wanted[1])
+    assert overlay.two_passes and np.abs(rating - first[1]).max() > 1e-3
 
 
 @pytest.mark.slow
