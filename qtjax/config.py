@@ -318,11 +318,14 @@ def is_run_folder(path: str | Path) -> bool:
 
 
 def run_config(folder: str | Path) -> Config:
-    """The config that a run folder was written with. Raises QtjaxError when it is no run folder."""
+    """The config that a run folder was written with; run.folder is where it lies now: its files are there.
+
+    Raises QtjaxError when it is no run folder.
+    """
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise QtjaxError(f"{folder}: no config.json there, so this is no run folder; give the run.folder of a training run")
-    return from_json(file.read_text(encoding="utf-8"))
+    return override(from_json(file.read_text(encoding="utf-8")), {"run.folder": str(folder)})
 
 
 def to_json(config: Config) -> str:

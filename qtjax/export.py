@@ -7,16 +7,20 @@ from qtjax.config import DTYPES
 from qtjax.errors import QtjaxError, door
 from qtjax.flags import parse_flags
 
+SPARSE = "sparse_delta.safetensors"
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     own = parse_flags(
         "python -m qtjax.export",
-        "Writes a run's newest checkpoint: an HF folder that transformers loads, or for overlay runs an adapter that peft loads.",
+        "Writes a run's newest checkpoint: an HF folder that transformers loads, or for overlay runs an adapter that peft"
+        " loads, as the run itself writes it.",
         argv,
         {
             "run": ("", "run folder"),
             "out": ("", "folder to write; must not hold files of another kind"),
             "merge": (False, "fold the adapter into the weights and write a whole model"),
+            "sparse": (False, "for diffprune: write only the values that differ from the base, as sparse_delta.safetensors"),
             "task-id": (0, "with --merge: which task's model, for an adapter that tells tasks apart"),
             "dtype": ("", "dtype of the written weights: float32, bfloat16 or float16; empty: the run's param_dtype"),
         },
@@ -29,20 +33,27 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import jax
 
-    from qtjax.checkpoints import save_adapter, save_pretrained
+    from qtjax.checkpoints import save_adapter, save_pretrained, save_sparse_delta
     from qtjax.overlays import merge
     from qtjax.training.restore import load_run
     from qtjax.training.story import save_template
 
-    run, config, params, overlay = load_run(own["run"])
+    if own["merge"] and own["sparse"]:
+        raise QtjaxError("--sparse: beside --merge; give one of them, a whole model or its difference from the base")
+    run, config, params, overlay = load_run(own["run"], posterior=not own["merge"])
     adapter = overlay is not None and not own["merge"]
-    if overlay is None and own["merge"]:
-        raise QtjaxError(f"--merge: {own['run']} trained all parameters, there is no adapter to merge; leave the flag out")
+    for flag, what in (("merge", "adapter to merge"), ("sparse", "difference from a base")):
+        if overlay is None and own[flag]:
+            raise QtjaxError(f"--{flag}: {own['run']} trained all parameters, there is no {what}; leave the flag out")
     if adapter and own["dtype"]:
         raise QtjaxError("--dtype: adapters are written in float32, as peft does; give --merge too, or leave it out")
     _refuse_other_kind(Path(own["out"]), "config.json" if adapter else "adapter_config.json")
     if own["task-id"] and not (overlay is not None and overlay.tasks and own["merge"]):
         raise QtjaxError(f"--task-id {own['task-id']}: is for --merge of an adapter that tells tasks apart; leave it out")
+    if own["sparse"]:
+        save_sparse_delta(Path(own["out"]) / SPARSE, overlay)
+        print(f"difference from {run.model.path} written to {Path(own['out']) / SPARSE}")
+        return
     if adapter:
         save_adapter(own["out"], overlay, run.model.path)
         print(f"adapter over {run.model.path} written to {own['out']}")

@@ -85,6 +85,47 @@ def test_unsafe_calls_are_absent():
         assert not re.search(r"(?<![\w.])(eval|exec)\(", text), path
 
 
+def names_compared(tree: ast.Module, names: set[str]) -> list[int]:
+    """Lines on which a value is compared with one of the names: ==, in (...), a match's case, or a mapping's keys [value]."""
+    places = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            places += [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            places.append(node.value)
+        elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Dict):
+            places += [key for key in node.value.keys if key]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Dict):
+            places += [key for key in node.func.value.keys if key]  # {"a": f, "b": g}.get(value)
+    texts = [n for place in places for n in ast.walk(place) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    return sorted({n.lineno for n in texts if n.value in names})
+
+
+def test_nothing_asks_which_method_an_overlay_is():
+    """A registered method's name is compared with in that method's own file alone; all else asks for what its record says."""
+    from qtjax.overlays import METHODS
+
+    asking = {}
+    for path in FILES:
+        own = {path.stem} if path.parent.name == "overlays" else set()
+        if lines := names_compared(ast.parse(path.read_text()), set(METHODS) - own):
+            asking[str(path.relative_to(PACKAGE))] = lines
+    assert asking == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'if method == "lora": pass', 'x = "lora" != method', 'if m in ("dora", "lora"): pass', 'x = {"lora": 1, "dora": 2}[m]',
+        'x = {"lora": 1}.get(m)', 'match m:\n    case "dora" | "lora": pass', 'x = [o for o in many if o.method == "lora"]',
+    ],
+)  # fmt: skip
+def test_a_chain_by_method_names_is_found(source):
+    """The law above sees every spelling of the question; a name as a value or a default is no question."""
+    assert names_compared(ast.parse(source), {"lora"})
+    assert not names_compared(ast.parse('def f(method="lora"): return {"overlay.method": "lora"}, method == "none"'), {"lora"})
+
+
 def test_every_module_says_what_it_is_for():
     """A docstring at the head of each file, and of each public function and class."""
     bare = []

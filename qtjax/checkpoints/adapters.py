@@ -38,12 +38,15 @@ _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def adapter_state_dict(overlay: Overlay) -> dict[str, np.ndarray]:
-    """The overlay's tensors by PEFT's names and in torch's layouts, as they stand in adapter_model.safetensors.
+    """The overlay's own arrays, trained and frozen, by PEFT's names and in torch's layouts.
 
     Returns: {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": float32 [r, in], ...} on the host; for
       lora, layers that are not edited and the padding of unequal ranks are left out.
-    A gradient with respect to the trainables has the same tree, so that its tensors by PEFT's names are
-    `adapter_state_dict(overlay.replace(params=gradient))`.
+    They are what adapter_model.safetensors holds, except where that is a derived form (an encoder's prompt, pruned ranks,
+    initial factors folded in) or PEFT has no such method: then they are what qtjax_trainable.safetensors holds, and the
+    derived form is only written by `save_adapter`.
+    A gradient with respect to the trainables has their tree, so that its tensors by these names are
+    `adapter_state_dict(overlay.replace(params=gradient))`, for every method; frozen arrays stand in it as they are.
     """
     own = method_named(overlay.method)
     return table.tensors(own.leaves(overlay.spec), *jax.tree.map(host_array, (overlay.params, overlay.frozen)))
@@ -55,14 +58,21 @@ def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") 
     Args:
       path: folder, made if it is missing; the files of an earlier adapter in it are replaced atomically.
       base_model_name: what adapter_config.json names as the base (hub name or folder); empty: null.
-    On several hosts every process must call it; process 0 writes. Raises QtjaxError if the disk
-    refuses; a file of an earlier adapter is then left as it was.
+    On several hosts every process must call it; process 0 writes, and none returns before the folder stands. Raises
+    QtjaxError if the disk refuses; a file of an earlier adapter is then left as it was.
     """
-    folder, own = Path(path), method_named(overlay.method)
+    folder = Path(path)
     if isinstance(overlay.spec, tuple) and "+" in overlay.method:
         _save_stack(folder, overlay, base_model_name)
-        return
-    host, trained = jax.tree.map(host_array, (overlay.params, overlay.frozen)), adapter_state_dict(overlay)
+    else:
+        _save_one(folder, overlay, base_model_name)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"save_adapter {folder.name}")
+
+
+def _save_one(folder: Path, overlay: Overlay, base_model_name: str) -> None:
+    own, host = method_named(overlay.method), jax.tree.map(host_array, (overlay.params, overlay.frozen))
+    trained = table.tensors(own.leaves(overlay.spec), *host)
     spec, conversion = own.saved_spec(overlay.spec, host[0]), own.conversion(overlay.spec)
     theirs = conversion.file(*host) if conversion is not None else _peft_file(own, spec, *host)
     files = {WEIGHTS: trained} if theirs is None else {TRAINABLE: trained} | ({WEIGHTS: theirs} if theirs else {})

@@ -6,13 +6,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from safetensors.numpy import save
 
 from qtjax.atomic import disk_errors, write_atomic
 from qtjax.checkpoints.adapters import host_array, read_safetensors
 from qtjax.errors import QtjaxError, near_names
+from qtjax.models import Quantized
 from qtjax.overlays import Overlay
-from qtjax.overlays.diffprune import sparse_delta
+from qtjax.overlays.diffprune import is_projected, sparse_delta
 from qtjax.overlays.targets import linear_modules
 from qtjax.tree import Tree, flatten, unflatten
 
@@ -23,10 +25,18 @@ def save_sparse_delta(path: str | Path, overlay: Overlay) -> None:
     """Writes a safetensors file: for every edited weight NAME (Hugging Face's), NAME.indices int32 [2, n], rows (out) and
     columns (in), and NAME.values float32 [n].
 
-    On several hosts every process must call it; process 0 writes. Raises QtjaxError for another method than diffprune and
-    if the disk refuses; an earlier file is then left as it was.
+    On several hosts every process must call it; process 0 writes, and none returns before the file stands. Raises
+    QtjaxError for another method than diffprune, for a difference that is not projected yet (all of it would be in the
+    file), and if the disk refuses; an earlier file is then left as it was.
     """
-    delta = sparse_delta(overlay.replace(params=jax.tree.map(host_array, overlay.params)))
+    overlay = overlay.replace(params=jax.tree.map(host_array, overlay.params))
+    delta = sparse_delta(overlay)
+    if not is_projected(overlay):
+        count = sum(len(values) for _, values in delta.values())
+        raise QtjaxError(
+            f"sparse delta: the difference is not projected yet, {count:,} values are open; train on to project_at of the run, or"
+            " save the adapter"
+        )
     tensors = {}
     for name, (indices, values) in delta.items():
         tensors[f"{name}.indices"], tensors[f"{name}.values"] = np.ascontiguousarray(indices), np.ascontiguousarray(values)
@@ -34,6 +44,8 @@ def save_sparse_delta(path: str | Path, overlay: Overlay) -> None:
         with disk_errors(Path(path).parent, "making the folder"):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(path), save(tensors, metadata={"format": "pt"}))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"save_sparse_delta {Path(path).name}")
 
 
 def load_sparse_delta(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -56,7 +68,7 @@ def load_sparse_delta(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarra
 def add_sparse_delta(params: Tree, delta: SparseDelta) -> Tree:
     """The base with the difference added in float32, each leaf in its own dtype; leaves that do not change are shared.
 
-    Raises QtjaxError for a weight that the tree has not, and for an index outside it.
+    Raises QtjaxError for a weight that the tree has not or holds quantised, and for an index outside it.
     """
     leaves = dict(flatten(params))
     places = {f"{linear.module(n)}.weight": (linear, n) for linear in linear_modules(params) for n in range(linear.layers)}
@@ -70,6 +82,8 @@ def add_sparse_delta(params: Tree, delta: SparseDelta) -> Tree:
                 f"sparse delta: an index of {name!r} is outside {linear.outputs} x {linear.inputs}; it is for another base"
             )
         kernel = leaves[f"{linear.path}/kernel"]
+        if isinstance(kernel, Quantized):
+            raise QtjaxError(f"sparse delta: {name!r} is quantised ({kernel.kind}) here; load the base without quantization")
         rows, columns = indices
         changed = jnp.asarray(kernel[layer, columns, rows], jnp.float32) + values
         leaves[f"{linear.path}/kernel"] = kernel.at[layer, columns, rows].set(changed.astype(kernel.dtype))

@@ -192,19 +192,17 @@ def _budgets(settings: AdaLoraFields, count: int) -> np.ndarray:
     return np.array([int((first - last) * part**3 + last) for part in left], np.int32)
 
 
-def _after_step(spec: AdaLoraSpec, params: Tree, state: Tree, gradients: Tree, step: Array) -> tuple[Tree, Tree]:
+def _after_step(spec: AdaLoraSpec, params: Tree, state: Tree, gradients: Tree | None, step: Array) -> tuple[Tree, Tree]:
     f = spec.fields
     require(f.total_step > 0, "total_step", 0, "AdaLoRA's rank schedule needs the number of optimizer steps; set total_step")
     step, ends = jnp.asarray(step, jnp.int32), f.total_step - f.tfinal
-    seen = jax.tree.map(lambda w, g: jnp.abs(w * g), params, gradients)
-    ipt = jax.tree.map(lambda old, new: f.beta1 * old + (1 - f.beta1) * new, state["exp_avg_ipt"], seen)
-    unc = jax.tree.map(
-        lambda old, new, mean: f.beta2 * old + (1 - f.beta2) * jnp.abs(new - mean), state["exp_avg_unc"], seen, ipt
-    )  # fmt: skip
-    ipt, unc = (
-        jax.tree.map(lambda new, old: jnp.where(step < ends, new, old), now, state[name])
-        for name, now in (("exp_avg_ipt", ipt), ("exp_avg_unc", unc))
-    )
+    ipt, unc = state["exp_avg_ipt"], state["exp_avg_unc"]
+    if gradients is not None:  # a step without targets says nothing about what is sensitive
+        new_ipt, new_unc = _averages(f, params, gradients, ipt, unc)
+        ipt, unc = (
+            jax.tree.map(lambda new, old: jnp.where(step < ends, new, old), now, before)
+            for now, before in ((new_ipt, ipt), (new_unc, unc))
+        )
     cuts = (step > f.tinit) & (step < ends) & (step % f.deltaT == 0) | (step == ends)
     budget = jnp.asarray(_budgets(f, len(spec.modules)))[jnp.clip(step, 0, ends)]
     kept = jax.lax.cond(cuts, lambda: _cut(spec, ipt, unc, budget), lambda: flatten(state["kept"]))
@@ -212,6 +210,14 @@ def _after_step(spec: AdaLoraSpec, params: Tree, state: Tree, gradients: Tree, s
     for path, mask in kept.items():
         flat[path] = jnp.where(mask | ~(cuts | (step > ends)), flat[path], 0)
     return unflatten(flat), {"exp_avg_ipt": ipt, "exp_avg_unc": unc, "kept": unflatten(kept)}
+
+
+def _averages(f: AdaLoraFields, params: Tree, gradients: Tree, ipt: Tree, unc: Tree) -> tuple[Tree, Tree]:
+    """Sensitivity |w dw| and its distance from its average, both smoothed once more."""
+    seen = jax.tree.map(lambda w, g: jnp.abs(w * g), params, gradients)
+    ipt = jax.tree.map(lambda old, new: f.beta1 * old + (1 - f.beta1) * new, ipt, seen)
+    unc = jax.tree.map(lambda old, new, mean: f.beta2 * old + (1 - f.beta2) * jnp.abs(new - mean), unc, seen, ipt)
+    return ipt, unc
 
 
 def _cut(spec: AdaLoraSpec, ipt: Tree, unc: Tree, budget: Array) -> dict[str, Array]:

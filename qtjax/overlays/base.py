@@ -75,7 +75,8 @@ class Method:
     tasks(spec): how many tasks task_ids choose among; 0 where they play no part.
     penalty(spec, params) -> scalar added to the mean loss (nats), or None without one.
     state(spec, params) -> arrays that `after_step` keeps; after_step(spec, params, state, gradients, step) -> (params, state)
-      after optimizer step number `step` (1, 2, ...), `gradients` those of the step, penalty included.
+      after step number `step` of the run (1, 2, ...), `gradients` those of the step, penalty included; None: it had no
+      target, so that nothing was updated, and only what is planned by the number of steps goes on.
     rates(spec) -> {last part of a leaf's path: factor on the learning rate}.
     complete(spec, names) -> spec: with what an adapter file may carry and need not, known by its tensors' names.
     file(spec, params, frozen) -> tensors of adapter_model.safetensors where PEFT's file is a derived form; the trainables
@@ -104,7 +105,7 @@ class Method:
     two_passes: Callable[[Any], bool] = lambda spec: False
     penalty: Callable[[Any, Tree], Array] | None = None
     state: Callable[[Any, Tree], Tree] = lambda spec, params: {}
-    after_step: Callable[[Any, Tree, Tree, Tree, Array], tuple[Tree, Tree]] | None = None
+    after_step: Callable[[Any, Tree, Tree, Tree | None, Array], tuple[Tree, Tree]] | None = None
     rates: Callable[[Any], Mapping[str, float]] = lambda spec: {}
     saved_spec: Callable[[Any, Tree], Any] = lambda spec, params: spec
     complete: Callable[[Any, Sequence[str]], Any] = lambda spec, names: spec
@@ -235,6 +236,9 @@ def init_overlay(
     given = own.given(spec, fields)
     if given:
         params, frozen = table.split(leaves, flatten(params) | flatten(frozen) | dict(given))
+    # Training donates its state: an array that starts as one of the base's, or stands in both trees, would be gone there.
+    held = {id(leaf) for leaf in (*base.leaves.values(), *jax.tree.leaves(frozen))}
+    params = jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in held else leaf, params)
     return Overlay(method, spec, params, frozen)
 
 

@@ -133,7 +133,7 @@ def _penalty(spec: Spec, params: Tree) -> Array:
     return f.sparsity_weight * total
 
 
-def _after_step(spec: Spec, params: Tree, state: Tree, gradients: Tree, step: Array) -> tuple[Tree, Tree]:
+def _after_step(spec: Spec, params: Tree, state: Tree, gradients: Tree | None, step: Array) -> tuple[Tree, Tree]:
     """The projection at step project_at * total_step (or the first one after it), and after it the support held fast."""
     del gradients
     f = spec.fields
@@ -218,6 +218,11 @@ def sparse_delta(overlay: Overlay) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             rows, columns = np.nonzero(matrix)
             out[f"{site.linear.module(n)}.weight"] = (np.stack([rows, columns]).astype(np.int32), matrix[rows, columns])
     return out
+
+
+def is_projected(overlay: Overlay) -> bool:
+    """Whether a diffprune overlay has been projected, so that `sparse_delta` is as sparse as kept_fraction says."""
+    return bool(_state(overlay.spec, overlay.params)["fixed"])
 
 
 METHOD = Method(

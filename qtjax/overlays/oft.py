@@ -145,7 +145,7 @@ def _expand(spec: OftSpec, params: Tree, frozen: Tree, context: Context) -> Edit
     return Edits(unflatten(edits))
 
 
-def _after_step(spec: OftSpec, params: Tree, state: Tree, gradients: Tree, step: Array) -> tuple[Tree, Tree]:
+def _after_step(spec: OftSpec, params: Tree, state: Tree, gradients: Tree | None, step: Array) -> tuple[Tree, Tree]:
     """COFT's projection of the new values."""
     del gradients, step
     return (jax.tree.map(lambda x: _projected(x, spec.fields.eps), params) if spec.fields.coft else params), state

@@ -17,9 +17,9 @@ from jax import Array
 from qtjax import models
 from qtjax.errors import QtjaxError
 from qtjax.models import Edits
-from qtjax.overlays.base import Overlay
+from qtjax.overlays.base import Overlay, method_named
 from qtjax.overlays.laplace import LaplaceSpec, PriorFields, factor_leaves, plain
-from qtjax.overlays.lora import LoraSpec
+from qtjax.overlays.lora import METHOD as LORA
 from qtjax.tree import Tree, flatten, unflatten
 
 _MATRICES = ("lora_A", "lora_B")
@@ -83,7 +83,7 @@ def fit_laplace(
 def _laplace_spec(overlay: Overlay) -> LaplaceSpec:
     if isinstance(overlay.spec, LaplaceSpec):
         return overlay.spec
-    if overlay.method == "lora" and isinstance(overlay.spec, LoraSpec):
+    if method_named(overlay.method) is LORA:
         return LaplaceSpec(plain(overlay.spec, "fit_laplace"), PriorFields())
     raise QtjaxError(f"fit_laplace: the overlay is {overlay.method!r}; a posterior is fitted over 'laplace' or 'lora'")
 

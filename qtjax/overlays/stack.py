@@ -65,10 +65,11 @@ def stack_of(names: tuple[str, ...]) -> Method:
     def state(spec: tuple[Any, ...], params: Tree) -> Tree:
         return {n: part.state(own, params.get(n, {})) for n, part, own in zip(names, parts, spec)}
 
-    def after_step(spec, params: Tree, state: Tree, gradients: Tree, step: Any) -> tuple[Tree, Tree]:
+    def after_step(spec, params: Tree, state: Tree, gradients: Tree | None, step: Any) -> tuple[Tree, Tree]:
         for n, part, own in zip(names, parts, spec):
             if part.after_step is not None:
-                new, kept = part.after_step(own, params.get(n, {}), state[n], gradients.get(n, {}), step)
+                slopes = None if gradients is None else gradients.get(n, {})
+                new, kept = part.after_step(own, params.get(n, {}), state[n], slopes, step)
                 params, state = params | {n: new}, state | {n: kept}
         return params, state
 

@@ -20,7 +20,7 @@ from jax import Array
 
 from qtjax.errors import QtjaxError
 from qtjax.models import Edits, LinearEdit
-from qtjax.overlays.base import Base, Context, Method, Overlay
+from qtjax.overlays.base import Base, Context, Method, Overlay, method_named
 from qtjax.overlays.fields import read_fields, require, setting, to_peft
 from qtjax.overlays.leaves import Leaf, transposed, uniform
 from qtjax.overlays.laplace import plain
@@ -108,7 +108,7 @@ def _expert(spec: LoraSpec, settings: XLoraFields) -> LoraSpec:
 def _experts(base: Base, fields: Mapping[str, Any]) -> tuple[LoraSpec, ...]:
     given = fields.get("adapters", 3)
     if isinstance(given, (list, tuple)) and given:
-        wrong = [a for a in given if not (isinstance(a, Overlay) and a.method == "lora")]
+        wrong = [a for a in given if not (isinstance(a, Overlay) and method_named(a.method) is LORA)]
         beside = [name for name in ("r", "lora_alpha", "target_modules") if name in fields]
         if beside:
             raise QtjaxError(f"{beside[0]} = {fields[beside[0]]!r}: the experts that adapters lists have their own; leave it out")

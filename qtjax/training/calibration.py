@@ -51,13 +51,12 @@ def prompts(dataset: TokenizedDataset, classes: np.ndarray, most: int = ROWS) ->
     return Prompts(ids, mask, np.array([label for _, label in kept], int))
 
 
-def calibrate(
-    config: ModelConfig, params: Tree, overlay: Overlay, training: TokenizedDataset, held_out: TokenizedDataset | None
-) -> tuple[Overlay, dict[str, Any] | None]:
-    """(the overlay with its posterior fitted, what it changes): None without held-out data that ask such a question.
+def fit_posterior(
+    config: ModelConfig, params: Tree, overlay: Overlay, training: TokenizedDataset
+) -> tuple[Overlay, np.ndarray]:
+    """(the overlay with its posterior fitted to the training data, the classes [C] that it was fitted on).
 
-    The summary: rows, classes; calibration_error, accuracy (fractions 0-1) and nll (nats per row) before, with the trained
-    weights alone, and after, under the posterior (probit); prior_precision by evidence.
+    Raises QtjaxError when the data ask no question of `first_tokens`' kind.
     """
     classes = first_tokens(training)
     fit = prompts(training, classes)
@@ -66,7 +65,18 @@ def calibrate(
             "overlay.method = 'laplace': all answers of the training data begin with the same token, so there is nothing to be"
             " calibrated; use lora"
         )
-    fitted = fit_laplace(config, params, overlay, fit.input_ids, fit.attention_mask, classes, prior="evidence")
+    return fit_laplace(config, params, overlay, fit.input_ids, fit.attention_mask, classes, prior="evidence"), classes
+
+
+def calibrate(
+    config: ModelConfig, params: Tree, overlay: Overlay, training: TokenizedDataset, held_out: TokenizedDataset | None
+) -> tuple[Overlay, dict[str, Any] | None]:
+    """(the overlay with its posterior fitted, what it changes): None without held-out data that ask such a question.
+
+    The summary: rows, classes; calibration_error, accuracy (fractions 0-1) and nll (nats per row) before, with the trained
+    weights alone, and after, under the posterior (probit); prior_precision by evidence.
+    """
+    fitted, classes = fit_posterior(config, params, overlay, training)
     test = None if held_out is None else prompts(held_out, classes)
     if test is None or not len(test.labels):
         return fitted, None

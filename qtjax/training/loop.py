@@ -225,6 +225,7 @@ class Loop:
     def _train(self, chosen: Chosen, step: int) -> tuple[jax.Array, dict[str, jax.Array]] | None:
         """Launches gradients and update; (summed loss, what `update` measured), or None where there is no target."""
         if not chosen.counts["kept_tokens"]:
+            self.state = self.programs.skip(self.state)
             return None
         gradients, loss = self.gradients(chosen.parts, step)
         divisor = jax.device_put(np.float32(chosen.divisor), replicated(self.mesh))

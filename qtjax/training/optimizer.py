@@ -1,6 +1,7 @@
 """AdamW with linear warm-up and cosine decay, gradients clipped by global norm; matrices decay, vectors do not."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import optax
@@ -39,6 +40,14 @@ def make_optimizer(
     parts = [optax.clip_by_global_norm(train.clip_norm)] if train.clip_norm else []
     parts += [adamw] + ([optax.stateless(lambda updates, _: _scaled(updates, rates))] if rates else [])
     return optax.chain(*parts) if len(parts) > 1 else adamw
+
+
+def passed(optimizer: Any) -> Any:
+    """The optax state after a step of the run that updated nothing: only the learning rate's schedule goes on."""
+    kind = optax.ScaleByScheduleState
+    return jax.tree.map(
+        lambda x: x._replace(count=x.count + 1) if isinstance(x, kind) else x, optimizer, is_leaf=lambda x: isinstance(x, kind)
+    )
 
 
 def _scaled(updates: Tree, rates: Mapping[str, float]) -> Tree:

@@ -14,8 +14,8 @@ from qtjax.config import PruneSection
 from qtjax.parallel import batch_sharding, replicated
 from qtjax.training.pruners import Pruners, pruners
 from qtjax.training.score import rated_rows, score_rows
-from qtjax.training.state import Subject, TrainState, optimizer_shardings
-from qtjax.training.step import Decision, accumulate, choose_early, decide, place, update
+from qtjax.training.state import Subject, TrainState, state_shardings
+from qtjax.training.step import Decision, accumulate, choose_early, decide, place, skip, update
 from qtjax.tree import Tree
 
 Shapes = Any  # a tree of jax.ShapeDtypeStruct
@@ -52,7 +52,7 @@ class Programs:
     unscored() -> the signals [N, T], all 0;  place[rows](signals, signals of rows, sample, slot) -> signals
     choose(batch, key) -> bool [N], where samples are chosen without scores;  decide(scores, batch, key) -> Decision
     zeros() -> (gradients, loss);  accumulate[rows](trainable, frozen, gradients, loss, rows, rng) -> (gradients, loss, nll)
-    update(state, gradients, targets) -> (state, metrics)
+    update(state, gradients, targets) -> (state, metrics);  skip(state) -> state, where there is no target
     """
 
     def __init__(
@@ -75,7 +75,8 @@ class Programs:
         abstract = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding))
         trainable, frozen = abstract(state.trainable), abstract(frozen)
         state = TrainState(trainable, abstract(state.optimizer), abstract(state.method))
-        shardings = subject.shardings(mesh)
+        after = state_shardings(subject, mesh, trainable, optimizer)
+        shardings = after.trainable
         gradients = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), trainable)
         scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
         uses_rng = subject.overlay is not None and subject.overlay.draws
@@ -117,12 +118,11 @@ class Programs:
             return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable), jnp.float32(0)
 
         job("zeros", zeros, out_shardings=(shardings, everywhere))
-        kept = jax.tree.map(lambda _: everywhere, state.method)
-        after = TrainState(shardings, optimizer_shardings(optimizer, trainable, shardings, mesh), kept)
         job(
             "update", partial(update, subject, optimizer), state, gradients, scalar,
             donate_argnums=(0,), out_shardings=(after, everywhere),
         )  # fmt: skip
+        job("skip", partial(skip, subject), state, donate_argnums=(0,), out_shardings=after)
 
         def compile_one(name: str) -> Any:
             with jax.set_mesh(mesh):
@@ -138,7 +138,7 @@ class Programs:
         self.accumulate = {rows: compiled[f"accumulate {rows}"] for rows in shapes}
         self.place = {rows: compiled[f"place {rows}"] for rows in shapes if f"place {rows}" in compiled}
         self.unscored, self.choose, self.decide = (compiled.get(name) for name in ("unscored", "choose", "decide"))
-        self.zeros, self.update = compiled["zeros"], compiled["update"]
+        self.zeros, self.update, self.skip = compiled["zeros"], compiled["update"], compiled["skip"]
 
 
 def _accumulate(subject, mesh, loss, trainable, frozen, gradients, total, rows, key):

@@ -8,9 +8,13 @@ from jax.sharding import Mesh, NamedSharding
 from qtjax import models
 from qtjax.checkpoints.run_state import RunState
 from qtjax.config import Config, MeshSection, run_config
+from qtjax.data.prepare import training_data
+from qtjax.data.tokenizer import load_tokenizer
 from qtjax.errors import QtjaxError
-from qtjax.overlays import Overlay, field_names
+from qtjax.overlays import Overlay, field_names, method_named
 from qtjax.parallel import make_mesh
+from qtjax.training.calibration import fit_posterior
+from qtjax.training.run import check_data
 from qtjax.training.setup import check_overlay, load_model, split
 from qtjax.tree import Tree
 
@@ -23,11 +27,15 @@ def run_mesh(section: MeshSection) -> Mesh:
         return make_mesh(MeshSection())
 
 
-def load_run(folder: str | Path) -> tuple[Config, models.ModelConfig, Tree, Overlay | None]:
+def load_run(
+    folder: str | Path, *, posterior: bool = False
+) -> tuple[Config, models.ModelConfig, Tree, Overlay | None]:
     """The newest checkpoint of a run, on its own mesh where the devices allow it, else data parallel.
 
-    Returns: (Config, ModelConfig, params, overlay or None). Raises QtjaxError when the folder is no run folder or holds no
-    readable checkpoint.
+    Args: posterior: where the method has one, fit it to the run's training data, as the run does after its last step; it is
+      not part of the checkpoints.
+    Returns: (Config, ModelConfig, params, overlay or None), config.run.folder being `folder`. Raises QtjaxError when the
+    folder is no run folder or holds no readable checkpoint, and for a posterior when the data are no longer the run's.
     """
     folder = Path(folder)
     config = run_config(folder)
@@ -45,6 +53,10 @@ def load_run(folder: str | Path) -> tuple[Config, models.ModelConfig, Tree, Over
     if overlay is not None and not config.overlay.path and "total_step" in field_names(overlay.method):  # its schedule counts the run's steps
         steps = int(found.meta.get("total_steps", 0))
         overlay = overlay.replace(spec=check_overlay(config, subject.config, steps).spec)
+    if posterior and overlay is not None and method_named(overlay.method).posterior:
+        dataset = training_data(config.data, load_tokenizer(config.model.path))
+        check_data(folder, config, dataset, found.meta)
+        overlay, _ = fit_posterior(subject.config, params, overlay, dataset)
     return config, subject.config, params, overlay
 
 

@@ -5,8 +5,9 @@ import hashlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -159,6 +160,15 @@ def check_tasks(config: Config, shape: ModelConfig, dataset: TokenizedDataset) -
         check_task_ids(overlay.tasks, dataset.task_ids, dataset.task_ids.shape)
 
 
+def check_data(folder: Path, config: Config, dataset: TokenizedDataset, meta: Mapping[str, Any]) -> None:
+    """Raises QtjaxError when `dataset` is not what the run began with; meta: what a checkpoint of it says."""
+    if meta["data"] != dataset.fingerprint:
+        raise QtjaxError(
+            f"{folder}: data.path = {config.data.path!r} holds other samples than when this run began; put the old"
+            " data back, or choose another run.folder"
+        )
+
+
 def base_fingerprint(frozen: Tree) -> str:
     """SHA-256 over a sum of every frozen leaf: an overlay resumes only on the base it began with; "" without one."""
     if not frozen:
@@ -176,11 +186,7 @@ def _resume(
         return 0
     if found.skipped:
         console.print(f"resume  skipped unreadable checkpoints of steps {', '.join(map(str, found.skipped))}", highlight=False)
-    if found.meta["data"] != dataset.fingerprint:
-        raise QtjaxError(
-            f"{folder.path}: data.path = {loop.config.data.path!r} holds other samples than when this run began; put the old"
-            " data back, or choose another run.folder"
-        )
+    check_data(folder.path, loop.config, dataset, found.meta)
     if found.meta["base"] != base_fingerprint(loop.frozen):
         raise QtjaxError(
             f"{folder.path}: model.path = {loop.config.model.path!r} holds other weights than when this run began; put the old"
@@ -249,4 +255,4 @@ def _stop_requested() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-__all__ = ["Interrupted", "Session", "open_session", "total_steps", "train_steps"]
+__all__ = ["Interrupted", "Session", "check_data", "open_session", "total_steps", "train_steps"]

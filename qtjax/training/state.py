@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from qtjax import models
 from qtjax.overlays import Method, Overlay, method_named, overlay_axes
@@ -78,8 +78,8 @@ class Subject:
             return {}
         return {"step": jnp.int32(0), "own": self._method.state(self.overlay.spec, trainable)}
 
-    def after_step(self, trainable: Tree, method: Tree, gradients: Tree) -> tuple[Tree, Tree]:
-        """The overlay's rule after an optimizer step, where it has one."""
+    def after_step(self, trainable: Tree, method: Tree, gradients: Tree | None) -> tuple[Tree, Tree]:
+        """The overlay's rule after a step of the run, where it has one; gradients None: the step had no target."""
         if not method:
             return trainable, method
         step = method["step"] + 1
@@ -103,15 +103,42 @@ class Subject:
 
 
 def init_state(subject: Subject, mesh: Mesh, trainable: Tree, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state on the mesh; moments lie as their parameters do."""
-    shardings = subject.shardings(mesh)
-    trainable = jax.tree.map(lambda leaf, sharding: jax.device_put(leaf, sharding), trainable, shardings)
-    out = optimizer_shardings(optimizer, trainable, shardings, mesh)
-    method = jax.jit(subject.method_state, out_shardings=replicated(mesh))(trainable)
-    return TrainState(trainable, jax.jit(optimizer.init, out_shardings=out)(trainable), method)
+    """The state on the mesh; what stands beside a parameter lies as it does."""
+    out = state_shardings(subject, mesh, trainable, optimizer)
+    trainable = jax.tree.map(lambda leaf, sharding: jax.device_put(leaf, sharding), trainable, out.trainable)
+    method = jax.jit(subject.method_state, out_shardings=out.method)(trainable)
+    return TrainState(trainable, jax.jit(optimizer.init, out_shardings=out.optimizer)(trainable), method)
 
 
-def optimizer_shardings(optimizer: optax.GradientTransformation, trainable: Tree, shardings: Tree, mesh: Mesh) -> Any:
+def state_shardings(subject: Subject, mesh: Mesh, trainable: Tree, optimizer: optax.GradientTransformation) -> TrainState:
+    """NamedSharding per leaf of the state, before and after a step. Args: trainable: arrays or shapes."""
+    own = subject.shardings(mesh)
+    moments = _optimizer_shardings(optimizer, trainable, own, mesh)
+    return TrainState(own, moments, _method_shardings(jax.eval_shape(subject.method_state, trainable), trainable, own, mesh))
+
+
+def _method_shardings(method: Tree, trainable: Tree, shardings: Tree, mesh: Mesh) -> Tree:
+    """An array of a trainable's shape, under its path (of several, the longest), lies as it does; all others are replicated.
+
+    "own/exp_avg_ipt/layers/self_attn/q_proj/lora_A" stands beside "layers/self_attn/q_proj/lora_A"; in a stack
+    "own/adalora/exp_avg_ipt/layers/..." beside "adalora/layers/...": the parts of one path in order, among those of the other.
+    """
+    shapes, own = flatten(trainable), flatten(shardings)
+
+    def beside(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = [str(key.key) for key in path]
+        found = [p for p, x in shapes.items() if x.shape == leaf.shape and _in_order(p.split("/"), names)]
+        return own[max(found, key=len)] if found else replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(beside, method)
+
+
+def _in_order(few: list[str], many: list[str]) -> bool:
+    rest = iter(many)
+    return few[-1] == many[-1] and all(name in rest for name in few)
+
+
+def _optimizer_shardings(optimizer: optax.GradientTransformation, trainable: Tree, shardings: Tree, mesh: Mesh) -> Any:
     """Shardings of the optax state: a subtree shaped like the trainables lies as they do, scalars are replicated."""
     return optax.tree.map_params(
         optimizer,

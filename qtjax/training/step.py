@@ -16,7 +16,7 @@ from qtjax import models
 from qtjax.config import PruneSection
 from qtjax.pruning import Candidates, SampleChoice, Targets, choose_tokens, sample_pruner, spearman
 from qtjax.scoring import head_loss_and_nll, sample_scores
-from qtjax.training.optimizer import global_norm
+from qtjax.training.optimizer import global_norm, passed
 from qtjax.training.pruners import pruners, token_scope
 from qtjax.training.state import Subject, TrainState
 from qtjax.tree import Tree
@@ -173,3 +173,13 @@ def update(
     changes, moments = optimizer.update(gradients, state.optimizer, state.trainable)
     trainable, method = subject.after_step(optax.apply_updates(state.trainable, changes), state.method, gradients)
     return TrainState(trainable, moments, method), measured
+
+
+def skip(subject: Subject, state: TrainState) -> TrainState:
+    """A step of the run without any target: nothing is learned, but it counts.
+
+    What is planned by the number of steps goes on: the learning rate, and an overlay's schedule of ranks or gates, which
+    would otherwise never come to its end. Moments, averages and weight decay wait for the next gradient.
+    """
+    trainable, method = subject.after_step(state.trainable, state.method, None)
+    return TrainState(trainable, passed(state.optimizer), method)

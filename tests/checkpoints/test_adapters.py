@@ -12,10 +12,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qtjax import models
-from qtjax.checkpoints import adapter_state_dict, load_adapter, save_adapter
+from qtjax.checkpoints import adapter_state_dict, adapters, load_adapter, save_adapter
 from qtjax.checkpoints.names import place
 from qtjax.errors import QtjaxError
 from qtjax.overlays import init_overlay
+from qtjax.tree import flatten
 
 CONFIG = models.ModelConfig(
     vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
@@ -105,6 +106,47 @@ def test_state_dict_of_a_gradient_has_the_same_names(folder):
     doubled = adapter_state_dict(overlay.replace(params=jax.tree.map(lambda x: 2 * x, overlay.params)))
     plain = adapter_state_dict(overlay)
     assert all(isinstance(v, np.ndarray) and np.array_equal(doubled[k], 2 * v) for k, v in plain.items())
+
+
+@pytest.mark.parametrize(
+    "method, fields, file",
+    [
+        ("lora", {"r": 2}, "adapter_model.safetensors"),
+        pytest.param("lora", {"r": 2, "init_lora_weights": "pissa"}, "qtjax_trainable.safetensors", marks=pytest.mark.slow),
+        ("ptuning", {"num_virtual_tokens": 2, "encoder_hidden_size": 4}, "qtjax_trainable.safetensors"),
+        ("diffprune", {}, "qtjax_trainable.safetensors"),
+    ],
+)
+def test_state_dict_is_the_file_that_training_goes_on_from(tmp_path, method, fields, file):
+    """PEFT's file, or ours where PEFT's is derived; a gradient comes by the same names, whole, frozen arrays as they are."""
+    params = models.init_params(CONFIG, jax.random.key(1)) if "init_lora_weights" in fields else None
+    overlay = init_overlay(method, CONFIG, params, jax.random.key(0), **fields)
+    plain = adapter_state_dict(overlay)
+    save_adapter(tmp_path, overlay)
+    stored = load_file(tmp_path / file)
+    assert set(stored) == set(plain)
+    frozen = {key for key in plain if "initial_" in key}
+    assert bool(frozen) == bool(flatten(overlay.frozen))
+    doubled = adapter_state_dict(overlay.replace(params=jax.tree.map(lambda x: 2 * x, overlay.params)))
+    for key, value in plain.items():
+        np.testing.assert_array_equal(stored[key], value)
+        np.testing.assert_array_equal(doubled[key], value if key in frozen else 2 * value)
+
+
+def test_saving_gathers_each_array_once_and_waits_for_the_file(tmp_path, monkeypatch):
+    """On several hosts no array crosses the network twice, and none goes on before the files stand: of a stack, all of them."""
+    overlay, gathered, stood = init_overlay("lora+bitfit", CONFIG.replace(attention_bias=True), None, jax.random.key(0), r=2), [], []
+
+    def gather(value):
+        gathered.append(id(value))
+        return np.asarray(value)
+
+    monkeypatch.setattr(adapters, "host_array", gather)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(adapters.multihost_utils, "sync_global_devices", lambda name: stood.append(sorted(os.listdir(tmp_path))))
+    save_adapter(tmp_path, overlay)
+    assert sorted(gathered) == sorted(id(leaf) for leaf in jax.tree.leaves(overlay))
+    assert stood[-1] == ["bitfit", "lora", "qtjax_stack.json"]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])

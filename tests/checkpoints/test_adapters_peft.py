@@ -1,17 +1,14 @@
 """Adapters between qtjax and peft itself, both ways, on models that peft's recorded cases do not cover."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.overlays.live_peft import base_fixture, padded_rows, peft_trainables, same_gradients, torch, torch_base
 
-from qtjax import models
-from qtjax.checkpoints import adapter_state_dict, load_adapter, load_pretrained, save_adapter, save_pretrained
+from qtjax.checkpoints import adapter_state_dict, load_adapter, save_adapter, save_pretrained
 from qtjax.overlays import init_overlay, merge
 
 pytestmark = pytest.mark.parity
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 SMALL = dict(
@@ -34,46 +31,9 @@ ADAPTERS = {
 # The first pattern that matches wins, so the order in the file matters; peft sorts it on saving and so changes its own
 # adapter's scales, which is why this one is only saved by qtjax.
 OVERLAPPING = dict(r=4, lora_alpha=8, target_modules="v_proj,up_proj", alpha_pattern={"up_proj": 2, "^model.layers.2.*": 40})
-IDS = np.random.default_rng(3).integers(3, 53, (2, 20))
-MASK = np.ones_like(IDS)
-MASK[1, 15:] = 0
-REAL = MASK == 1
-
-
-@pytest.fixture(scope="module", params=BASES)
-def base(request, tmp_path_factory):
-    """A random base that transformers made: (folder, config, params)."""
-    family, fields = BASES[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(sorted(BASES).index(request.param))
-    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**fields)).float()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                weight.add_(torch.randn_like(weight) * 0.2)
-    model.save_pretrained(folder)
-    return folder, *load_pretrained(folder)
-
-
-def torch_base(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
-def torch_logits(model):
-    with torch.no_grad():
-        return model(torch.tensor(IDS), attention_mask=torch.tensor(MASK)).logits.numpy()
-
-
-_apply = jax.jit(models.apply, static_argnums=0)
-
-
-def logits(config, params, overlay=None):
-    return _apply(config, params, IDS, MASK, overlay=overlay)
-
-
-def close(got, expected):
-    difference = np.abs(np.asarray(got) - np.asarray(expected))[REAL].max()
-    assert difference <= 2e-4 * max(1.0, np.abs(np.asarray(expected))[REAL].max() / 10), difference
+ROWS = padded_rows(53, 20, 15)
+REAL, close, logits = ROWS.real, ROWS.close, ROWS.logits
+base = base_fixture(BASES)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -88,27 +48,22 @@ def test_peft_saves_and_qtjax_loads(base, name, tmp_path):
                 weight.copy_(torch.randn_like(weight) * 0.2)
     model.save_pretrained(tmp_path)
     overlay = load_adapter(tmp_path, config, params)
-    expected = torch_logits(model)
+    expected = ROWS.torch_logits(model)
     assert np.abs(expected - np.asarray(logits(config, params)))[REAL].max() > 0.1
     close(logits(config, params, overlay), expected)
     close(logits(*merge(config, params, overlay)), expected)
 
-    labels = torch.tensor(np.where(REAL, IDS, -100))
-    their_loss = model(torch.tensor(IDS), attention_mask=torch.tensor(MASK), labels=labels).loss
+    their_loss = ROWS.run_torch(model, labels=True).loss
     their_loss.backward()
 
     def loss(trainable):
-        logp = jax.nn.log_softmax(logits(config, params, overlay.replace(params=trainable))[:, :-1])
-        weight = jnp.asarray(MASK[:, 1:])
-        return -(jnp.take_along_axis(logp, IDS[:, 1:, None], -1)[..., 0] * weight).sum() / weight.sum()
+        return ROWS.loss(logits(config, params, overlay.replace(params=trainable)))
 
     value, gradient = jax.value_and_grad(loss)(overlay.params)
     assert abs(float(value) - their_loss.item()) <= 1e-5
-    ours = adapter_state_dict(overlay.replace(params=gradient))
-    theirs = {k.replace(".default", ""): w.grad.numpy() for k, w in model.named_parameters() if w.requires_grad}
+    theirs = {k: w.grad.numpy() for k, w in peft_trainables(model).items()}
+    ours = same_gradients(overlay, gradient, theirs)
     assert set(ours) == set(theirs)
-    for key, reference in theirs.items():
-        assert np.linalg.norm(ours[key] - reference) <= 1e-3 * np.linalg.norm(reference), key
     assert overlay.trainable_count == sum(w.size for w in theirs.values())
 
 
@@ -122,11 +77,7 @@ def test_qtjax_trains_and_peft_loads(base, name, tmp_path):
 
     @jax.jit
     def step(overlay):
-        def loss(o):
-            logp = jax.nn.log_softmax(logits(config, params, o)[:, :-1])
-            return -(jnp.take_along_axis(logp, IDS[:, 1:, None], -1)[..., 0] * MASK[:, 1:]).sum() / MASK[:, 1:].sum()
-
-        value, gradient = jax.value_and_grad(loss)(overlay)
+        value, gradient = jax.value_and_grad(lambda o: ROWS.loss(logits(config, params, o)))(overlay)
         return value, overlay.replace(params=jax.tree.map(lambda w, g: w - 0.5 * g, overlay.params, gradient.params))
 
     losses = []
@@ -140,10 +91,10 @@ def test_qtjax_trains_and_peft_loads(base, name, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model = peft.PeftModel.from_pretrained(torch_base(folder), tmp_path / "adapter").eval()
-    close(trained, torch_logits(model))
-    close(trained, torch_logits(model.merge_and_unload()))
+    close(trained, ROWS.torch_logits(model))
+    close(trained, ROWS.torch_logits(model.merge_and_unload()))
     save_pretrained(tmp_path / "merged", *merge(config, params, overlay))
-    close(trained, torch_logits(torch_base(tmp_path / "merged")))
+    close(trained, ROWS.torch_logits(torch_base(tmp_path / "merged")))
     back = load_adapter(tmp_path / "adapter", config, params)
     jax.tree.map(np.testing.assert_array_equal, back.params, overlay.params)
 

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import pytest
 
 from qtjax import models
-from qtjax.checkpoints import save_pretrained
+from qtjax.checkpoints import load_pretrained, save_adapter, save_pretrained
 from qtjax.checkpoints.run_state import RunState
 from qtjax.config import Config, MeshSection, override, to_json, validate
+from qtjax.overlays import init_overlay
 from qtjax.parallel import make_mesh
+from qtjax.training.experts import missing_experts
 from qtjax.training.setup import checkpoint_tree, load_model, start
 
 
@@ -28,11 +30,14 @@ def tiny_model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> str:
-    """24 multiple-choice rows that are questions with answers, too."""
+    """24 multiple-choice rows of two kinds that are questions with answers, too."""
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     words = "red blue green one two three four cat dog bird sun moon".split()
     rows = [
-        {"question": f"What is after {w}?", "choices": [words[i % 13 - 1], words[i % 13 - 2]], "answer": words[i % 13 - 1]}
+        {
+            "question": f"What is after {w}?", "choices": [words[i % 13 - 1], words[i % 13 - 2]], "answer": words[i % 13 - 1],
+            "kind": i % 2,
+        }  # fmt: skip
         for i, w in enumerate((words * 2)[:24])
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -57,18 +62,33 @@ def experiment(values, tmp_path_factory) -> str:
     return str(path)
 
 
+def noisy(tree, seed: int):
+    """Every leaf with noise of its own."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(structure, [x + 0.2 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys)])
+
+
 @pytest.fixture(scope="session")
 def make_run(values, tmp_path_factory):
-    """make_run("none" | "lora") -> run folder with one checkpoint whose trainables were all moved by 0.05."""
+    """make_run("none" | "lora", **{"overlay.r": 2}) -> run folder with one checkpoint, whose parameters were all moved by 0.05
+    or whose overlay got noise, and trained experts where it is made of some."""
 
-    def make(method: str) -> str:
+    def make(method: str, **changes) -> str:
         folder = tmp_path_factory.mktemp("runs") / method
         folder.mkdir()
-        config = validate(override(Config(), values | {"overlay.method": method, "run.folder": str(folder)}))
+        config = validate(override(Config(), values | {"overlay.method": method, "run.folder": str(folder)} | changes))
         mesh = make_mesh(MeshSection())
+        for seed, expert in enumerate(missing_experts(config), start=1):
+            shape, params = load_pretrained(config.model.path)
+            fresh = init_overlay("lora", shape, params, jax.random.key(seed), r=2)
+            save_adapter(expert, fresh.replace(params=noisy(fresh.params, seed)))
         state, _, _ = start(config, mesh, load_model(config, mesh), total_steps=1)
         tree = checkpoint_tree(state)
-        tree["trainable"] = jax.tree.map(lambda x: x + jnp.asarray(0.05, x.dtype), tree["trainable"])
+        if method == "none":
+            tree["trainable"] = jax.tree.map(lambda x: x + jnp.asarray(0.05, x.dtype), tree["trainable"])
+        else:
+            tree["trainable"] = noisy(tree["trainable"], 0)
         checkpoints = RunState(folder / "checkpoints")
         checkpoints.save(1, tree, {})
         checkpoints.wait()

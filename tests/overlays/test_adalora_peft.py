@@ -6,14 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.overlays.live_peft import base_fixture, padded_rows, peft_trainables, same_gradients, torch, torch_base
 
-from qtjax import models
-from qtjax.checkpoints import adapter_state_dict, load_adapter, load_pretrained, save_adapter
+from qtjax.checkpoints import adapter_state_dict, load_adapter, save_adapter
 from qtjax.overlays import init_overlay, merge, method_named
 
 pytestmark = pytest.mark.parity
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 SMALL = dict(
@@ -25,43 +23,10 @@ BASES = {
     "llama-tied": ("Llama", SMALL | dict(tie_word_embeddings=True, num_key_value_heads=2, intermediate_size=40)),
 }
 SETTINGS = dict(init_r=6, target_r=2, tinit=3, tfinal=5, deltaT=3, total_step=20, lora_alpha=9, beta1=0.8, beta2=0.7)
-IDS = np.random.default_rng(3).integers(3, 53, (2, 20))
-MASK = np.ones_like(IDS)
-MASK[1, 15:] = 0
-REAL = MASK == 1
+ROWS = padded_rows(53, 20, 15)
+REAL, close, logits, torch_logits = ROWS.real, ROWS.close, ROWS.logits, ROWS.torch_logits
 METHOD = method_named("adalora")
-
-
-@pytest.fixture(scope="module", params=BASES)
-def base(request, tmp_path_factory):
-    """A random base that transformers made: (folder, config, params)."""
-    family, fields = BASES[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(11 + sorted(BASES).index(request.param))
-    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**fields)).float()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" in name:
-                weight.add_(torch.randn_like(weight) * 0.2)
-    model.save_pretrained(folder)
-    return folder, *load_pretrained(folder)
-
-
-def torch_base(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
-def torch_logits(model):
-    with torch.no_grad():
-        return model(torch.tensor(IDS), attention_mask=torch.tensor(MASK)).logits.numpy()
-
-
-_apply = jax.jit(models.apply, static_argnums=0)
-
-
-def close(got, expected):
-    difference = np.abs(np.asarray(got) - np.asarray(expected))[REAL].max()
-    assert difference <= 2e-4 * max(1.0, np.abs(np.asarray(expected))[REAL].max() / 10), difference
+base = base_fixture(BASES, first_seed=11)
 
 
 def peft_model(folder, target="all-linear", **more):
@@ -75,19 +40,14 @@ def peft_model(folder, target="all-linear", **more):
     return model
 
 
-def trainables(model):
-    return {k.replace(".default", ""): w for k, w in model.named_parameters() if w.requires_grad}
-
-
 def trained_by_peft(model, steps):
     """Plain descent on the model's own loss with peft's update_and_allocate after each step, yielding after every one."""
-    labels = torch.tensor(np.where(REAL, IDS, -100))
     for step in range(1, steps + 1):
         model.zero_grad()
-        model(torch.tensor(IDS), attention_mask=torch.tensor(MASK), labels=labels).loss.backward()
-        gradients = {k: w.grad.numpy().copy() for k, w in trainables(model).items()}
+        ROWS.run_torch(model, labels=True).loss.backward()
+        gradients = {k: w.grad.numpy().copy() for k, w in peft_trainables(model).items()}
         with torch.no_grad():
-            for weight in trainables(model).values():
+            for weight in peft_trainables(model).values():
                 weight.sub_(0.05 * weight.grad)
         model.base_model.update_and_allocate(step)
         yield step, gradients
@@ -115,7 +75,7 @@ def test_allocator_makes_peft_s_choices_over_a_whole_schedule(base, tmp_path):
     trees, state, left = overlay.params, METHOD.state(overlay.spec, overlay.params), []
     for step, gradients in trained_by_peft(model, 20):
         trees, state = one(trees, state, laid_out(leaves, gradients), jnp.int32(step))
-        theirs = {k: w.detach().numpy() for k, w in trainables(model).items()}
+        theirs = {k: w.detach().numpy() for k, w in peft_trainables(model).items()}
         ours = adapter_state_dict(overlay.replace(params=trees))
         for key, value in theirs.items():
             np.testing.assert_array_equal(ours[key] == 0, value == 0, f"{key} after step {step}")
@@ -127,7 +87,7 @@ def test_allocator_makes_peft_s_choices_over_a_whole_schedule(base, tmp_path):
     patterns = [json.loads((tmp_path / n / "adapter_config.json").read_text())["rank_pattern"] for n in ("peft", "ours")]
     assert patterns[0] == patterns[1]
     back = load_adapter(tmp_path / "peft", config, params)
-    close(_apply(config, params, IDS, MASK, overlay=back), torch_logits(model))
+    close(logits(config, params, back), torch_logits(model))
 
 
 @pytest.mark.parametrize("more", [dict(), dict(target=["q_proj", "down_proj"], layers_to_transform=[0, 2])])
@@ -138,29 +98,23 @@ def test_peft_saves_and_qtjax_loads(base, tmp_path, more):
     model.save_pretrained(tmp_path)
     overlay = load_adapter(tmp_path, config, params)
     expected = torch_logits(model)
-    assert np.abs(expected - np.asarray(_apply(config, params, IDS, MASK)))[REAL].max() > 0.1
-    close(_apply(config, params, IDS, MASK, overlay=overlay), expected)
-    close(_apply(*merge(config, params, overlay), IDS, MASK), expected)
+    assert np.abs(expected - np.asarray(logits(config, params)))[REAL].max() > 0.1
+    close(logits(config, params, overlay), expected)
+    close(logits(*merge(config, params, overlay)), expected)
 
-    labels = torch.tensor(np.where(REAL, IDS, -100))
-    their_loss = model(torch.tensor(IDS), attention_mask=torch.tensor(MASK), labels=labels).loss
+    their_loss = ROWS.run_torch(model, labels=True).loss
     their_loss.backward()
 
     def loss(trainable):
         own = overlay.replace(params=trainable)
-        logp = jax.nn.log_softmax(_apply(config, params, IDS, MASK, overlay=own)[:, :-1])
-        weight = jnp.asarray(MASK[:, 1:])
-        nll = -(jnp.take_along_axis(logp, IDS[:, 1:, None], -1)[..., 0] * weight).sum() / weight.sum()
-        return nll + own.penalty()
+        return ROWS.loss(logits(config, params, own)) + own.penalty()
 
     value, gradient = jax.value_and_grad(loss)(overlay.params)
     assert abs(float(value) - their_loss.item()) <= 1e-5
-    ours, theirs = adapter_state_dict(overlay.replace(params=gradient)), trainables(model)
+    theirs = {k: w.grad.numpy() for k, w in peft_trainables(model).items()}
+    ours = same_gradients(overlay, gradient, theirs)
     assert set(ours) == set(theirs)
-    for key, weight in theirs.items():
-        reference = weight.grad.numpy()
-        assert np.linalg.norm(ours[key] - reference) <= 1e-3 * np.linalg.norm(reference), key
-    assert overlay.trainable_count == sum(w.numel() for w in theirs.values())
+    assert overlay.trainable_count == sum(w.size for w in theirs.values())
 
 
 @pytest.mark.parametrize("pruned", [False, True])
@@ -176,5 +130,5 @@ def test_qtjax_saves_and_peft_loads(base, tmp_path, pruned):
     overlay = overlay.replace(params=trees)
     save_adapter(tmp_path, overlay)
     model = peft.PeftModel.from_pretrained(torch_base(folder), tmp_path).eval()
-    close(_apply(config, params, IDS, MASK, overlay=overlay), torch_logits(model))
-    close(_apply(config, params, IDS, MASK, overlay=load_adapter(tmp_path, config, params)), torch_logits(model))
+    close(logits(config, params, overlay), torch_logits(model))
+    close(logits(config, params, load_adapter(tmp_path, config, params)), torch_logits(model))

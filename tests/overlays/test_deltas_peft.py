@@ -3,18 +3,15 @@
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.overlays.live_peft import bases_fixture, padded_rows, peft_trainables, same_gradients, torch, torch_base
 from tests.overlays.randomized import randomized
 
-from qtjax import models
-from qtjax.checkpoints import adapter_state_dict, load_adapter, load_pretrained, save_adapter
+from qtjax.checkpoints import load_adapter, save_adapter
 from qtjax.overlays import init_overlay
 
 pytestmark = pytest.mark.parity
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 SMALL = dict(
@@ -27,10 +24,8 @@ BASES = {  # window 5 over 16 tokens; unequal sizes in every direction
     "llama": ("Llama", SMALL | dict(
         hidden_size=32, intermediate_size=40, num_key_value_heads=1, attention_bias=True, mlp_bias=True)),
 }  # fmt: skip
-IDS = np.random.default_rng(3).integers(3, 37, (2, 16))
-MASK = np.ones_like(IDS)
-MASK[1, 12:] = 0
-REAL = MASK == 1
+ROWS = padded_rows(37, 16, 12)
+bases = bases_fixture(BASES)
 SOME = ["q_proj", "v_proj", "mlp.down_proj"]
 # (base, method, peft's config class, settings)
 CASES = {
@@ -56,42 +51,14 @@ CASES = {
 LARGE = dict(spectrum=3.0, vblora_vector_bank=0.6, logits_A=1.0, logits_B=1.0, lambda_d=1.0, lambda_b=1.0)
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    """Random bases that transformers made, by name: (folder, config, params)."""
-    out = {}
-    for seed, (name, (family, fields)) in enumerate(BASES.items()):
-        folder = tmp_path_factory.mktemp(name)
-        torch.manual_seed(seed)
-        model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**fields)).float()
-        with torch.no_grad():
-            for key, weight in model.named_parameters():
-                if "norm" in key or key.endswith("bias"):
-                    weight.add_(torch.randn_like(weight) * 0.2)
-        model.save_pretrained(folder)
-        out[name] = (folder, *load_pretrained(folder))
-    return out
-
-
-def torch_base(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
 def run(config, params, overlay):
     """(loss, logits) and the gradient of every trainable."""
 
     def loss(trained):
-        logits = models.apply(config, params, IDS, MASK, overlay=overlay.replace(params=trained))
-        weight = jnp.asarray(MASK[:, 1:])
-        logp = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), IDS[:, 1:, None], -1)[..., 0]
-        return -(logp * weight).sum() / weight.sum(), logits
+        logits = ROWS.logits(config, params, overlay.replace(params=trained))
+        return ROWS.loss(logits), logits
 
     return jax.value_and_grad(loss, has_aux=True)(overlay.params)
-
-
-def close(got, expected):
-    difference = np.abs(np.asarray(got) - np.asarray(expected))[REAL].max()
-    assert difference <= 2e-4 * max(1.0, np.abs(np.asarray(expected))[REAL].max() / 10), difference
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -103,30 +70,26 @@ def test_peft_and_qtjax_read_each_other(bases, name, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # VeRA without projections warns that it relies on the seed
         model = peft.get_peft_model(torch_base(folder), getattr(peft, config_class)(task_type="CAUSAL_LM", **settings)).eval()
-    own = [(k.replace(".default", ""), w) for k, w in model.named_parameters() if w.requires_grad]
-    own = [("base_model.vblora_vector_bank" if "bank" in k else k, w) for k, w in own]  # named after the first module
+    own = peft_trainables(model)
+    own = {"base_model.vblora_vector_bank" if "bank" in k else k: w for k, w in own.items()}  # named after the first module
     scale = {"loha": 0.4, "lokr": 0.4, "fourierft": 3.0, "vera": 1.0, "vblora": 1.0}[method]
     with torch.no_grad():
-        for key, weight in own:
+        for key, weight in own.items():
             weight.copy_(torch.randn_like(weight) * (0.6 if "bank" in key else scale))
     model.save_pretrained(tmp_path / "theirs")
     overlay = load_adapter(tmp_path / "theirs", config, params)
-    output = model(torch.tensor(IDS), attention_mask=torch.tensor(MASK), labels=torch.tensor(np.where(REAL, IDS, -100)))
+    output = ROWS.run_torch(model, labels=True)
     output.loss.backward()
     expected = output.logits.detach().numpy()
     (value, logits), gradient = run(config, params, overlay)
-    close(logits, expected)
-    without = models.apply(config, params, IDS, MASK)
-    assert np.abs(np.asarray(without) - expected)[REAL].max() > 0.1
+    ROWS.close(logits, expected)
+    assert ROWS.apart(ROWS.logits(config, params), expected) > 0.1
     assert abs(float(value) - output.loss.item()) <= 1e-5
-    ours = adapter_state_dict(overlay.replace(params=gradient))
-    worst = 0.0
-    for key, weight in own:
-        reference = weight.grad.numpy()
-        worst = max(worst, np.linalg.norm(ours[key] - reference) / np.linalg.norm(reference))
-        assert np.linalg.norm(ours[key] - reference) <= 1e-3 * np.linalg.norm(reference), key
-    assert overlay.trainable_count == sum(w.numel() for _, w in own)
-    print(f"{name}: logits {np.abs(np.asarray(logits) - expected)[REAL].max():.1e} gradient {worst:.1e}")
+    theirs = {key: weight.grad.numpy() for key, weight in own.items()}
+    ours = same_gradients(overlay, gradient, theirs)
+    assert overlay.trainable_count == sum(w.size for w in theirs.values())
+    worst = max(np.linalg.norm(ours[key] - theirs[key]) / np.linalg.norm(theirs[key]) for key in theirs)
+    print(f"{name}: logits {ROWS.apart(logits, expected):.1e} gradient {worst:.1e}")
 
     made = randomized(init_overlay(method, config, params, jax.random.key(0), **settings), **LARGE)
     assert made.spec.sites == overlay.spec.sites  # peft may write the same targets as full names
@@ -135,5 +98,4 @@ def test_peft_and_qtjax_read_each_other(bases, name, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if settings.get("save_projection") is False else "error", UserWarning)
         model = peft.PeftModel.from_pretrained(torch_base(folder), tmp_path / "ours").eval()
-    with torch.no_grad():
-        close(logits, model(torch.tensor(IDS), attention_mask=torch.tensor(MASK)).logits.numpy())
+    ROWS.close(logits, ROWS.torch_logits(model))

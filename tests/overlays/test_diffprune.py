@@ -10,7 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from qtjax import models
 from qtjax.checkpoints import (
-    add_sparse_delta, adapter_state_dict, load_adapter, load_sparse_delta, save_adapter, save_pretrained, save_sparse_delta,
+    add_sparse_delta, adapter_state_dict, load_adapter, load_pretrained, load_sparse_delta, save_adapter, save_pretrained,
+    save_sparse_delta,
 )  # fmt: skip
 from qtjax.errors import QtjaxError
 from qtjax.overlays import init_overlay, merge, method_named
@@ -228,12 +229,18 @@ def test_a_wrong_sparse_file_is_refused(params, tmp_path):
     """Another method, a missing file, half a pair, another base: one line each, nothing changed silently."""
     with pytest.raises(QtjaxError, match="method = 'lora': has no sparse difference"):
         save_sparse_delta(tmp_path / "x", init_overlay("lora", CONFIG, params, KEY, r=2))
+    with pytest.raises(QtjaxError, match="not projected yet, [0-9,]+ values are open"):
+        save_sparse_delta(tmp_path / "x", made(params))
     with pytest.raises(QtjaxError, match="missing"):
         load_sparse_delta(tmp_path / "x")
     save_file({"a.indices": np.zeros((2, 3), np.int32), "a.values": np.zeros(2, np.float32)}, tmp_path / "x")
     with pytest.raises(QtjaxError, match="'a' must be a.indices, int32"):
         load_sparse_delta(tmp_path / "x")
     one = np.ones(1, np.float32)
+    save_pretrained(tmp_path / "base", CONFIG, params)
+    _, packed = load_pretrained(tmp_path / "base", quantization="int8")
+    with pytest.raises(QtjaxError, match="is quantised \\(int8\\) here; load the base without quantization"):
+        add_sparse_delta(packed, {"model.layers.0.self_attn.q_proj.weight": (np.zeros((2, 1), np.int32), one)})
     with pytest.raises(QtjaxError, match="is no linear module of this model; did you mean"):
         add_sparse_delta(params, {"model.layers.9.self_attn.q_proj.weight": (np.zeros((2, 1), np.int32), one)})
     with pytest.raises(QtjaxError, match="outside 8 x 16; it is for another base"):

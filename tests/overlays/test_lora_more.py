@@ -181,3 +181,15 @@ def test_counts_and_refusals_of_modules_to_save():
         abstract_overlay("lora", CONFIG, target_modules="q_proj", modules_to_save=["k_proj"])
     with pytest.raises(QtjaxError, match=r"weights \(lm_head/kernel\): give init_overlay its params"):
         init_overlay("lora", PLAIN, None, KEY, modules_to_save=["lm_head"])
+
+
+@pytest.mark.parametrize("method, fields", [
+    ("lora", {"init_lora_weights": "pissa"}), ("lora", {"init_lora_weights": "olora"}), ("ln_tuning", {}), ("bitfit", {}),
+    ("lora", {"modules_to_save": ["embed_tokens", "lm_head", "norm"]}), ("dora", {}),
+])  # fmt: skip
+def test_what_is_trained_shares_no_memory_with_what_is_not(params, method, fields):
+    """Training donates the trained arrays: none may be an array of the base or a frozen one under another name."""
+    overlay = init_overlay(method, PLAIN, params, KEY, **fields)
+    kept = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((params, overlay.frozen))}
+    shared = [path for path, leaf in flatten(overlay.params).items() if leaf.unsafe_buffer_pointer() in kept]
+    assert not shared

@@ -4,18 +4,15 @@ import json
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.overlays.live_peft import base_fixture, padded_rows, peft_trainables, same_gradients, torch, torch_base
 
-from qtjax import models
-from qtjax.checkpoints import adapter_state_dict, load_adapter, load_pretrained, save_adapter, save_pretrained
+from qtjax.checkpoints import adapter_state_dict, load_adapter, save_adapter, save_pretrained
 from qtjax.overlays import init_overlay, merge, method_named
 from qtjax.tree import flatten, unflatten
 
 pytestmark = pytest.mark.parity
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 SMALL = dict(
@@ -53,43 +50,9 @@ INITS = {
         target_modules=["k_proj", "up_proj"],
     ),
 }
-IDS = np.random.default_rng(3).integers(3, 37, (2, 14))
-MASK = np.ones_like(IDS)
-MASK[1, 10:] = 0
-REAL = MASK == 1
-
-
-@pytest.fixture(scope="module", params=BASES)
-def base(request, tmp_path_factory):
-    """A random base that transformers made: (folder, config, params)."""
-    family, fields = BASES[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(11 + sorted(BASES).index(request.param))
-    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**fields)).float()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" in name:
-                weight.add_(torch.randn_like(weight) * 0.2)
-    model.save_pretrained(folder)
-    return folder, *load_pretrained(folder)
-
-
-def torch_base(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
-def torch_logits(model):
-    with torch.no_grad():
-        return model(torch.tensor(IDS), attention_mask=torch.tensor(MASK)).logits.numpy()
-
-
-def logits(config, params, overlay=None):
-    return models.apply(config, params, IDS, MASK, overlay=overlay)
-
-
-def close(got, expected):
-    difference = np.abs(np.asarray(got) - np.asarray(expected))[REAL].max()
-    assert difference <= 2e-4 * max(1.0, np.abs(np.asarray(expected))[REAL].max() / 10), difference
+ROWS = padded_rows(37, 14, 10)
+REAL, close, logits, torch_logits = ROWS.real, ROWS.close, ROWS.logits, ROWS.torch_logits
+base = base_fixture(BASES, first_seed=11)
 
 
 def method_of(fields):
@@ -105,15 +68,6 @@ def moved(overlay, scale=0.15):
             real = leaf.mask()
             flat[leaf.path] = flat[leaf.path] + (step if real is None else np.where(real, step, 0))
     return overlay.replace(params=unflatten(flat))
-
-
-def loss_of(config, params, overlay):
-    def loss(trainable):
-        logp = jax.nn.log_softmax(logits(config, params, overlay.replace(params=trainable))[:, :-1])
-        weight = jnp.asarray(MASK[:, 1:])
-        return -(jnp.take_along_axis(logp, IDS[:, 1:, None], -1)[..., 0] * weight).sum() / weight.sum()
-
-    return loss
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -135,20 +89,19 @@ def test_peft_saves_and_qtjax_loads(base, name, tmp_path):
     close(logits(config, params, overlay), expected)
     close(logits(*merge(config, params, overlay)), expected)
 
-    labels = torch.tensor(np.where(REAL, IDS, -100))
-    their_loss = model(torch.tensor(IDS), attention_mask=torch.tensor(MASK), labels=labels).loss
+    their_loss = ROWS.run_torch(model, labels=True).loss
     their_loss.backward()
-    value, gradient = jax.value_and_grad(loss_of(config, params, overlay))(overlay.params)
+
+    def loss(trainable):
+        return ROWS.loss(logits(config, params, overlay.replace(params=trainable)))
+
+    value, gradient = jax.value_and_grad(loss)(overlay.params)
     assert abs(float(value) - their_loss.item()) <= 1e-5
-    ours = adapter_state_dict(overlay.replace(params=gradient))
     theirs = {}
-    for key, weight in model.named_parameters():
-        if weight.requires_grad:
-            key = key.replace(".modules_to_save.default", "").replace("vector.default.weight", "vector")
-            theirs[key.replace(".default", "")] = weight.grad.numpy()
+    for key, weight in peft_trainables(model).items():
+        theirs[key.replace(".modules_to_save", "").replace("vector.weight", "vector")] = weight.grad.numpy()
+    ours = same_gradients(overlay, gradient, theirs)
     assert set(theirs) == {key for key in ours if "base_layer" not in key}
-    for key, reference in theirs.items():
-        assert np.linalg.norm(ours[key] - reference) <= 1e-3 * np.linalg.norm(reference), key
     assert overlay.trainable_count == sum(w.size for w in theirs.values())
 
 

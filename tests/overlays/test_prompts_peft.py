@@ -5,19 +5,17 @@ import shutil
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tests.overlays.live_peft import Rows, base_fixture, same_gradients, torch, torch_base
 from tests.overlays.tokens import trained
 
 from qtjax import models
-from qtjax.checkpoints import adapter_state_dict, load_adapter, load_pretrained, save_adapter
+from qtjax.checkpoints import adapter_state_dict, load_adapter, save_adapter
 from qtjax.overlays import init_overlay
 
 pytestmark = pytest.mark.parity
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 SMALL = dict(
@@ -48,45 +46,18 @@ IDS = np.random.default_rng(3).integers(3, 53, (3, 12))
 MASK = np.ones_like(IDS)
 MASK[1, 9:] = 0
 MASK[2, :4] = 0
-REAL = MASK == 1
+ROWS = Rows(IDS, MASK)
+REAL, close, logits = ROWS.real, ROWS.close, ROWS.logits
+base = base_fixture(BASES, first_seed=11)
 TASKS = np.array([2, 0, 1])
-apply = jax.jit(models.apply, static_argnums=0)
 
 
-@pytest.fixture(scope="module", params=BASES)
-def base(request, tmp_path_factory):
-    """A random base that transformers made: (folder, config, params)."""
-    family, fields = BASES[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(sorted(BASES).index(request.param) + 11)
-    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**fields)).float()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                weight.add_(torch.randn_like(weight) * 0.2)
-    model.save_pretrained(folder)
-    return folder, *load_pretrained(folder)
+def tasks_of(method):
+    return {"task_ids": TASKS} if method == "mpt" else {}
 
 
-def torch_base(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
-def tasks_of(method, ids=TASKS):
-    return {"task_ids": ids} if method == "mpt" else {}
-
-
-def run(model, method, **more):
-    """peft's output; logits at virtual tokens, which it returns for prompts, cut off."""
-    tasks = {k: torch.tensor(v) for k, v in tasks_of(method).items()}
-    out = model(input_ids=torch.tensor(IDS), attention_mask=torch.tensor(MASK), **tasks, **more)
-    return out, out.logits[:, out.logits.shape[1] - IDS.shape[1] :].detach().numpy()
-
-
-def close(got, expected):
-    difference = np.abs(np.asarray(got) - expected)[REAL].max()
-    print(f"largest logit difference {difference:.2e}")
-    assert difference <= 2e-4 * max(1.0, np.abs(expected)[REAL].max() / 10), difference
+def torch_tasks(method):
+    return {name: torch.tensor(ids) for name, ids in tasks_of(method).items()}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -100,14 +71,11 @@ def test_peft_saves_and_qtjax_loads(base, name, tmp_path):
             if weight.requires_grad:
                 weight.add_(torch.randn_like(weight) * 0.4)
     model.save_pretrained(tmp_path)
-    out, expected = run(model, method, labels=torch.tensor(np.where(REAL, IDS, -100)))
+    expected = ROWS.torch_logits(model, **torch_tasks(method))
     overlay = load_adapter(tmp_path, config, params)
-    got = apply(config, params, IDS, MASK, overlay=overlay, **tasks_of(method))
-    close(got, expected)
-    assert np.abs(expected - np.asarray(apply(config, params, IDS, MASK)))[REAL].max() > 0.1
+    close(logits(config, params, overlay, **tasks_of(method)), expected)
+    assert ROWS.apart(logits(config, params), expected) > 0.1
 
-    out.loss.backward()
-    theirs = {k: w.grad.numpy() for k, w in model.named_parameters() if w.requires_grad}
     raw = {k: w.detach().numpy() for k, w in model.named_parameters() if w.requires_grad}
     assert overlay.trainable_count == sum(w.size for w in raw.values()) or method in ("ptuning", "prefix")
 
@@ -117,32 +85,27 @@ def test_peft_saves_and_qtjax_loads(base, name, tmp_path):
         plain = {"prompt_encoder.embedding.weight": "prompt_embeddings"} if raw_prompt else {}
         return plain.get(key, key.removeprefix("prompt_encoder.") if "prefix_task" in key else key)
 
-    theirs, raw = ({ours(k): v for k, v in tree.items()} for tree in (theirs, raw))
+    raw = {ours(k): v for k, v in raw.items()}
     if not set(raw) <= set(adapter_state_dict(overlay)):
         save_file({k: np.ascontiguousarray(v) for k, v in raw.items()}, tmp_path / "qtjax_trainable.safetensors")
         overlay = load_adapter(tmp_path, config, params)
 
     @jax.value_and_grad
     def loss(trainable):
-        own = overlay.replace(params=trainable)
-        logp = jax.nn.log_softmax(apply(config, params, IDS, MASK, overlay=own, **tasks_of(method))[:, :-1])
         # peft's labels follow the slot before them, be it padding or, for prompts, the last virtual token
-        weight = jnp.asarray(MASK[:, 1:] * MASK[:, :-1])
-        return -(jnp.take_along_axis(logp, IDS[:, 1:, None], -1)[..., 0] * weight).sum() / weight.sum()
+        own = overlay.replace(params=trainable)
+        return ROWS.loss(logits(config, params, own, **tasks_of(method)), MASK[:, 1:] * MASK[:, :-1])
 
-    labels = np.where(REAL, IDS, -100)
+    labels = ROWS.labels
     labels[:, 1:] = np.where(MASK[:, :-1] == 1, labels[:, 1:], -100)
     labels[:, 0] = -100
-    model.zero_grad()
-    out, _ = run(model, method, labels=torch.tensor(labels))
+    out = ROWS.run_torch(model, labels=labels, **torch_tasks(method))
     out.loss.backward()
     theirs = {ours(k): w.grad.numpy() for k, w in model.named_parameters() if w.requires_grad}
     value, gradient = loss(overlay.params)
     assert abs(float(value) - out.loss.item()) <= 1e-5
-    mine = adapter_state_dict(overlay.replace(params=gradient))
+    mine = same_gradients(overlay, gradient, theirs, floor=1e-8)
     assert set(mine) == set(theirs)
-    for key, reference in theirs.items():
-        assert np.linalg.norm(mine[key] - reference) <= 1e-3 * np.linalg.norm(reference) + 1e-8, key
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -154,8 +117,7 @@ def test_qtjax_saves_and_peft_loads(base, name, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model = peft.PeftModel.from_pretrained(torch_base(folder), tmp_path / "ours").eval()
-    _, expected = run(model, method)
-    close(apply(config, params, IDS, MASK, overlay=overlay, **tasks_of(method)), expected)
+    close(logits(config, params, overlay, **tasks_of(method)), ROWS.torch_logits(model, **torch_tasks(method)))
     fresh = peft.get_peft_model(torch_base(folder), getattr(peft, kind)(task_type="CAUSAL_LM", **fields))
     fresh.save_pretrained(tmp_path / "theirs")
     ours, theirs = (json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("ours", "theirs"))
@@ -179,8 +141,8 @@ def test_generation_equals_pefts_forward_passes(base, name, tmp_path):
     row = torch.tensor(IDS[:, :6])
     with torch.no_grad():
         for _ in range(10):
-            logits = model(input_ids=row, attention_mask=torch.ones_like(row)).logits
-            row = torch.cat([row, logits[:, -1:].argmax(-1)], dim=1)
+            out = model(input_ids=row, attention_mask=torch.ones_like(row)).logits
+            row = torch.cat([row, out[:, -1:].argmax(-1)], dim=1)
     ours = models.generate(config, params, IDS[:, :6], max_new_tokens=10, eos_token_id=(), overlay=overlay)
     np.testing.assert_array_equal(ours, row[:, 6:].numpy())
     assert len(np.unique(row[:, 6:])) > 2

@@ -3,19 +3,18 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.overlays.live_peft import (
+    base_fixture, make_base, padded_rows, peft_trainables, peft_with_butterflies, same_gradients, torch, torch_base,
+)  # fmt: skip
 from tests.overlays.tiny_model import shaken
 
-from qtjax import models
-from qtjax.checkpoints import adapter_state_dict, load_adapter, load_pretrained, save_adapter, save_pretrained
+from qtjax.checkpoints import adapter_state_dict, load_adapter, save_adapter, save_pretrained
 from qtjax.errors import QtjaxError
 from qtjax.overlays import init_overlay, merge
 
-pytestmark = pytest.mark.parity
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures(peft_with_butterflies.__name__)]
 peft = pytest.importorskip("peft")
 
 SMALL = dict(
@@ -44,65 +43,13 @@ ADAPTERS = {
     "ln-regex": ("ln_tuning", dict(target_modules=r"model\.norm|.*\.1\.post_attention_layernorm")),
 }  # fmt: skip
 CONFIGS = {"ia3": "IA3Config", "oft": "OFTConfig", "boft": "BOFTConfig", "ln_tuning": "LNTuningConfig"}
-IDS = np.random.default_rng(3).integers(3, 53, (2, 20))
-MASK = np.ones_like(IDS)
-MASK[1, 15:] = 0
-REAL = MASK == 1
-
-
-@pytest.fixture(scope="module", params=BASES)
-def base(request, tmp_path_factory):
-    """A random base that transformers made: (folder, config, params)."""
-    family, fields = BASES[request.param]
-    return make_base(family, fields, sorted(BASES).index(request.param), tmp_path_factory.mktemp(request.param))
-
-
-def make_base(family, fields, seed, folder):
-    torch.manual_seed(seed)
-    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**fields)).float()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                weight.add_(torch.randn_like(weight) * 0.2)
-    model.save_pretrained(folder)
-    return folder, *load_pretrained(folder)
-
-
-@pytest.fixture(autouse=True)
-def peft_with_butterflies(monkeypatch):
-    """peft computes butterflies with a CUDA extension only; here its one operation stands in plain torch."""
-
-    class BlockDiagonal:
-        @staticmethod
-        def apply(blocks):
-            return torch.stack([torch.block_diag(*factor) for factor in blocks])
-
-    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: True)
-    monkeypatch.setattr("peft.tuners.boft.layer.FastBlockDiag", BlockDiagonal)
-
-
-def torch_base(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
-def torch_logits(model):
-    with torch.no_grad():
-        return model(torch.tensor(IDS), attention_mask=torch.tensor(MASK)).logits.numpy()
-
-
-def logits(config, params, overlay=None):
-    return models.apply(config, params, IDS, MASK, overlay=overlay)
-
-
-def close(got, expected):
-    difference = np.abs(np.asarray(got) - np.asarray(expected))[REAL].max()
-    assert difference <= 2e-4 * max(1.0, np.abs(np.asarray(expected))[REAL].max() / 10), difference
+ROWS = padded_rows(53, 20, 15)
+REAL, close, logits, torch_logits = ROWS.real, ROWS.close, ROWS.logits, ROWS.torch_logits
+base = base_fixture(BASES)
 
 
 def loss(trainable, overlay, config, params):
-    logp = jax.nn.log_softmax(logits(config, params, overlay.replace(params=trainable))[:, :-1])
-    weight = jnp.asarray(MASK[:, 1:])
-    return -(jnp.take_along_axis(logp, IDS[:, 1:, None], -1)[..., 0] * weight).sum() / weight.sum()
+    return ROWS.loss(logits(config, params, overlay.replace(params=trainable)))
 
 
 value_and_gradient = jax.jit(jax.value_and_grad(loss), static_argnames="config")
@@ -128,16 +75,13 @@ def test_peft_saves_qtjax_loads_and_back(base, name, tmp_path):
     close(logits(config, params, overlay), expected)
     close(logits(*merge(config, params, overlay)), expected)
 
-    labels = torch.tensor(np.where(REAL, IDS, -100))
-    their_loss = model(torch.tensor(IDS), attention_mask=torch.tensor(MASK), labels=labels).loss
+    their_loss = ROWS.run_torch(model, labels=True).loss
     their_loss.backward()
     value, gradient = value_and_gradient(overlay.params, overlay, config, params)
     assert abs(float(value) - their_loss.item()) <= 1e-5
-    ours = adapter_state_dict(overlay.replace(params=gradient))
-    theirs = {k.replace(".default", ""): w.grad.numpy() for k, w in model.named_parameters() if w.requires_grad}
+    theirs = {k: w.grad.numpy() for k, w in peft_trainables(model).items()}
+    ours = same_gradients(overlay, gradient, theirs)
     assert set(ours) == set(theirs)
-    for key, reference in theirs.items():
-        assert np.linalg.norm(ours[key] - reference) <= 1e-3 * np.linalg.norm(reference), key
     assert overlay.trainable_count == sum(w.size for w in theirs.values())
 
     moved = shaken(overlay, seed=4)
@@ -165,9 +109,8 @@ def test_coft_trains_as_peft_does(base, tmp_path):
     fields = dict(oft_block_size=4, coft=True, eps=0.05, target_modules=["v_proj", "down_proj"])
     model = peft.get_peft_model(torch_base(folder), peft.OFTConfig(task_type="CAUSAL_LM", **fields)).eval()
     overlay = init_overlay("oft", config, params, jax.random.key(0), **fields)
-    labels = torch.tensor(np.where(REAL, IDS, -100))
     for _ in range(3):
-        model(torch.tensor(IDS), attention_mask=torch.tensor(MASK), labels=labels).loss.backward()
+        ROWS.run_torch(model, labels=True).loss.backward()
         with torch.no_grad():
             for _, weight in model.named_parameters():
                 if weight.requires_grad:
@@ -197,7 +140,7 @@ def test_an_oft_file_of_another_series_is_refused(base, change, tmp_path):
 @pytest.mark.parametrize("family, fields", [("Llama", SMALL), ("Mistral", SMALL | dict(sliding_window=None, head_dim=12))])
 def test_biases_merged_here_load_in_transformers(family, fields, tmp_path):
     """bitfit -> merge -> save_pretrained: transformers' logits; a Mistral without a window has become a LLaMA."""
-    _, config, params = make_base(family, fields, 5, tmp_path / "base")
+    _, config, params = make_base(tmp_path / "base", family, fields, 5)
     overlay = shaken(init_overlay("bitfit", config, params, jax.random.key(0)))
     save_pretrained(tmp_path / "merged", *merge(config, params, overlay))
     model = torch_base(tmp_path / "merged")

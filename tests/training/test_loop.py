@@ -215,3 +215,45 @@ def test_a_step_without_targets_is_skipped_and_counted(opened):
     metrics, _ = loop.step(0, session.total_steps)
     assert metrics["skipped"] == 1 and metrics["kept_tokens"] == 0
     assert worst(loop.state.trainable, before) == 0
+
+
+def test_schedules_go_on_over_a_step_without_targets(opened):
+    """A skipped step counts: the next one has the learning rate that is logged, and AdaLoRA comes to its end.
+
+    * Its last cut is due after step 4, which has no target: the budget of ranks is met all the same.
+    * Moments and averages, which know gradients only, stay as they are.
+    """
+    session = opened(**{
+        "prune.sample_pruner": "none", "overlay.method": "adalora", "overlay.fields": "init_r=4 target_r=2 deltaT=4",
+        "train.max_steps": 4, "train.shapes": 1, "train.clip_norm": 0.0,
+    })  # fmt: skip
+    loop, true_prepare = session.loop, session.loop.prepare
+    assert session.total_steps == 4
+
+    def prepare(step):
+        prepared = true_prepare(step)
+        prepared.batch.targets[:] &= step not in (1, 3)
+        return prepared
+
+    def host():
+        return jax.tree.map(np.array, (loop.state.trainable, loop.state.method["own"], optax.tree.get(loop.state.optimizer, "mu")))
+
+    def ranks():
+        return sum(int(np.count_nonzero(x)) for p, x in flatten(loop.state.trainable).items() if p.endswith("lora_E"))
+
+    loop.prepare = prepare
+    assert loop.step(0, 4)[0]["skipped"] == 0
+    before = host()
+    assert loop.step(1, 4)[0]["skipped"] == 1 and loop.state.method["step"] == 2
+    jax.tree.map(np.testing.assert_array_equal, host(), before)
+    rate = loop.step(2, 4)[0]["learning_rate"]
+    mean, square = (optax.tree.get(loop.state.optimizer, name) for name in ("mu", "nu"))
+    for path, start in flatten(before[0]).items():
+        if not path.endswith("lora_E"):  # no rule but AdamW's, whose second step this is
+            m, v = np.asarray(flatten(mean)[path]) / (1 - 0.9**2), np.asarray(flatten(square)[path]) / (1 - 0.999**2)
+            change = np.asarray(flatten(loop.state.trainable)[path]) - start
+            np.testing.assert_allclose(change, -rate * m / (np.sqrt(v) + 1e-8), rtol=1e-3, atol=1e-6, err_msg=path)
+    left, averages = ranks(), host()[1]["exp_avg_ipt"]
+    assert loop.step(3, 4)[0]["skipped"] == 1 and loop.state.method["step"] == 4
+    assert ranks() == 2 * sum(x.shape[0] for p, x in flatten(before[0]).items() if p.endswith("lora_E")) < left
+    jax.tree.map(np.testing.assert_array_equal, host()[1]["exp_avg_ipt"], averages)
