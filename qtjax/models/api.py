@@ -143,7 +143,8 @@ def rated_hidden_states(
     Args:
       targets: bool [B, L], whom to rate; every segment for itself. Those at slots that hold nothing real are left out.
       rater: one of RATERS. Others as in `hidden_states`.
-    Returns: hidden [B, L, D] as `hidden_states` gives it; rating float32 [B, L], fractions 0 to 1, 0 where no target
+    Returns: hidden [B, L, D] as `hidden_states` gives it (to the bit, but for 16-bit unrolled layers, which XLA may round
+      elsewhere when it fuses them otherwise); rating float32 [B, L], fractions 0 to 1, 0 where no target
       stands; without gradient; NaN where a traced task is unknown. Beside what the forward pass needs anyway at most
       [B, H, 64, S] weights are held at a time, in the layers that rate. Raises QtjaxError for an unknown rater, for
       targets that are not bool [B, L], and as `hidden_states` does.

@@ -27,8 +27,8 @@ OVERLAYS = {"lora": dict(r=3), "prefix": dict(num_virtual_tokens=4), "prompt": d
 # Samples per row; 130 targets at least are more than two blocks of rows. The last row is padded on the left.
 LENGTHS = ((150,), (74, 50, 1, 12), (100,))
 LENGTH = 150
-# float32 against float64 through five layers: states agree to about 1e-5, attention logits of order ten to 1e-4.
-close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6)
+# float32 against float64 through five layers: logits of order ten err by about 1e-5, and so do weights, relatively.
+close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7)
 rated = jax.jit(models.rated_hidden_states, static_argnums=(0, 4))
 plain = jax.jit(models.hidden_states, static_argnums=0)
 
