@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -44,6 +45,29 @@ def disk_errors(path: str | os.PathLike, doing: str = "writing") -> Iterator[Non
         raise QtjaxError(f"{doing} {path}: {reason}; {remedy}") from error
 
 
+class _Raw(io.RawIOBase):
+    """An open descriptor as a stream; whoever opened it closes it."""
+
+    def __init__(self, fd: int):
+        self._fd, self._at, self.over = fd, 0, False
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        if self.over:  # what a failed write left in the buffer comes here when that is collected: the descriptor is another's by then
+            return len(data)
+        count = os.write(self._fd, data)
+        self._at += count
+        return count
+
+    def seekable(self) -> bool:
+        return False
+
+    def tell(self) -> int:
+        return self._at
+
+
 @contextlib.contextmanager
 def open_atomic(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """A file to write into that replaces `path` when the block ends: a reader, a crash or a full disk sees the old or the new one.
@@ -55,10 +79,16 @@ def open_atomic(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     with disk_errors(path):
         try:
-            with open(temporary, "wb") as file:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            try:
+                raw = _Raw(fd)
+                file = io.BufferedWriter(raw, 1 << 20)
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                os.fsync(fd)
+            finally:
+                raw.over = True
+                os.close(fd)
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
