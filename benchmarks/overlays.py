@@ -48,7 +48,15 @@ SETTINGS = {
     "prompt": "num_virtual_tokens=16", "mpt": "num_virtual_tokens=16", "prefix": "num_virtual_tokens=16",
     "llama_adapter": "adapter_len=10 adapter_layers=3", "houlsby": "bottleneck=16", "xlora": "use_trainable_adapters=true",
 }  # fmt: skip
-LEFT_OUT = ("laplace", "qlora")  # laplace trains as lora does; qlora needs another base: benchmarks/qlora_memory.py
+QUANTIZED = {"qlora": "nf4"}  # the base that a method is measured over, if not the float32 one
+
+
+def _base(shape: str, quantization: str | None):
+    """(config, params) of a shape: the embedded model, or random weights."""
+    if SHAPES[shape] is None:
+        return load_pretrained("smol", quantization=quantization)
+    config = SHAPES[shape].replace(quantization=quantization)
+    return config, models.init_params(config, jax.random.key(0))
 
 
 def _rows(config: models.ModelConfig, rows: int, length: int) -> dict[str, np.ndarray]:
@@ -77,7 +85,7 @@ def _step(method: str, config: models.ModelConfig, params, rows: dict[str, np.nd
 
     def step(state, frozen, rows):
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
-        gradients, loss = accumulate(subject, mesh, state.trainable, frozen, zeros, jnp.float32(0), rows, rng)
+        gradients, loss, _ = accumulate(subject, mesh, "plain", state.trainable, frozen, zeros, jnp.float32(0), rows, rng)
         state, _ = update(subject, optimizer, state, gradients, targets)
         return state, loss / targets
 
@@ -87,10 +95,11 @@ def _step(method: str, config: models.ModelConfig, params, rows: dict[str, np.nd
 
 def measure(shape: str, methods: list[str], rows: int, length: int, rounds: int, console: Console) -> dict:
     """Compiles all, checks that each step's loss is finite and equal to the base's where the method starts there, times them."""
-    config, params = load_pretrained("smol") if SHAPES[shape] is None else (SHAPES[shape], models.init_params(SHAPES[shape], jax.random.key(0)))
-    batch, programs, found = _rows(config, rows, length), {}, {}
+    programs, found = {}, {}
     for method in ["full", *methods]:
         console.print(f"[dim]compiling {method}[/dim]")
+        config, params = _base(shape, QUANTIZED.get(method))
+        batch = _rows(config, rows, length)
         step, arguments, count = _step(method, config, params, batch)
         compiled = step.lower(*arguments).compile()
         unrolled = _step(method, config.replace(unroll_layers=True), params, batch)
@@ -104,7 +113,7 @@ def measure(shape: str, methods: list[str], rows: int, length: int, rounds: int,
         if method != "full":
             fields = overlay_fields(OverlaySection(method=method, fields="" if method != "adalora" else "total_step=1000"), 1000)
             try:
-                found[method]["trained_7b"] = abstract_overlay(method, LLAMA_7B, **fields).trainable_count
+                found[method]["trained_7b"] = abstract_overlay(method, LLAMA_7B.replace(quantization=QUANTIZED.get(method)), **fields).trainable_count
             except QtjaxError:
                 found[method]["trained_7b"] = None
     for turn in range(rounds):
@@ -149,7 +158,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="alternating timed rounds (default: %(default)s)")
     parser.add_argument("--json", default="", help="file to write the numbers to; empty: none")
     given = parser.parse_args()
-    names = [n for n in given.methods.split(",") if n] or [n for n in METHODS if n not in LEFT_OUT]
+    names = [n for n in given.methods.split(",") if n] or list(METHODS)
     for name in names:
         if name not in METHODS:
             raise QtjaxError(f"--methods {name}: not a method; known: {', '.join(METHODS)}")

@@ -31,6 +31,7 @@ from qtjax.errors import QtjaxError, door
 from qtjax.pruning import spearman
 from qtjax.train import use_compile_cache
 from qtjax.training.loop import CLOCKS, Loop
+from qtjax.training.pruners import pruners
 from qtjax.training.run import open_session
 from qtjax.training.run_folder import RunFolder
 from qtjax.training.step import Decision
@@ -73,7 +74,7 @@ def measure(loops: dict[int, Loop], steps: int, rounds: int, console: Console) -
             loop, spent, clocks = loops[lag], 0.0, dict.fromkeys(CLOCKS, 0.0)
             for step in block.tolist():
                 if loop.following is not None:
-                    rows.append(overlap(step, loop.following.scored.decision, loop.score(loop.prepare(step))))
+                    rows.append(overlap(step, loop.following.scored.decision, loop.score(loop.prepare(step), step).decision))
                 begin = time.perf_counter()
                 metrics, _ = loop.step(step, steps)
                 spent += time.perf_counter() - begin
@@ -117,8 +118,8 @@ def main() -> None:
     )  # fmt: skip
     if given["rounds"] < 1 or given["steps"] < max(4, given["rounds"]):
         raise QtjaxError(f"--steps {given['steps']} --rounds {given['rounds']}: at least 4 steps, 1 round and a step a round")
-    if config.prune.sample_pruner == "none":
-        raise QtjaxError("prune.sample_pruner = 'none': full data is not scored; name a pruner")
+    if not pruners(config.prune).scores:
+        raise QtjaxError(f"prune.sample_pruner = {config.prune.sample_pruner!r}: these pruners need no scores; name others")
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as root, contextlib.ExitStack() as stack:
         runs = {lag: stack.enter_context(opened(config, lag, given["steps"], Path(root))) for lag in (0, 1)}

@@ -2,12 +2,13 @@
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qtjax.errors import QtjaxError
 
@@ -44,22 +45,49 @@ def disk_errors(path: str | os.PathLike, doing: str = "writing") -> Iterator[Non
         raise QtjaxError(f"{doing} {path}: {reason}; {remedy}") from error
 
 
-def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
-    """Replaces `path` by `data` (text as UTF-8) so that a reader, a crash or a full disk sees the old file or the new one.
+class _Raw(io.RawIOBase):
+    """An open descriptor as a stream; whoever opened it closes it."""
+
+    def __init__(self, fd: int):
+        self._fd, self._at, self.over = fd, 0, False
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        if self.over:  # what a failed write left in the buffer comes here when that is collected: the descriptor is another's by then
+            return len(data)
+        count = os.write(self._fd, data)
+        self._at += count
+        return count
+
+    def seekable(self) -> bool:
+        return False
+
+    def tell(self) -> int:
+        return self._at
+
+
+@contextlib.contextmanager
+def open_atomic(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """A file to write into that replaces `path` when the block ends: a reader, a crash or a full disk sees the old or the new one.
 
     Writes a hidden temporary file in the same folder, syncs it, renames it over `path` and syncs the folder. The folder
     must exist. Raises QtjaxError when the disk refuses; the old file is then untouched and no temporary one is left.
     """
     path = Path(path)
-    data = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     with disk_errors(path):
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             try:
-                _write_all(fd, data)
+                raw = _Raw(fd)
+                file = io.BufferedWriter(raw, 1 << 20)
+                yield file
+                file.flush()
                 os.fsync(fd)
             finally:
+                raw.over = True
                 os.close(fd)
             os.replace(temporary, path)
         except BaseException:
@@ -67,6 +95,12 @@ def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
                 os.unlink(temporary)
             raise
         sync_folder(path.parent)
+
+
+def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
+    """Replaces `path` by `data` (text as UTF-8), as `open_atomic` does."""
+    with open_atomic(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

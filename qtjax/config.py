@@ -22,6 +22,13 @@ from qtjax.flags import KINDS, Flags, dashed, flag_parser, refuse_unknown, typed
 
 _DEFAULT_FILE = "configs/smol.py"
 DTYPES = ("float32", "bfloat16", "float16")
+# Also the keys of pruning.SAMPLE_PRUNERS and TOKEN_PRUNERS, and scoring.LOSSES, which lie above this room.
+SAMPLE_PRUNERS = (
+    "none", "random", "longest", "shortest", "entropy", "perplexity-low", "perplexity-middle", "perplexity-high", "infobatch",
+    "infobatch-budget", "q-tuning",
+)  # fmt: skip
+TOKEN_PRUNERS = ("none", "random", "perplexity", "fastv", "sparsevlm", "rho-1", "token-cleaning", "q-tuning")
+LOSSES = ("plain", "dft", "eaft")
 
 
 def knob(default: Any, doc: str, *, rule: str = "", choices: Sequence[str] = ()) -> Any:
@@ -67,8 +74,12 @@ class DataSection:
 
 @dataclass(frozen=True)
 class PruneSection:
-    sample_pruner: str = knob("q-tuning", "which samples to keep ('none': full data; no token is pruned then either)", choices=("q-tuning", "none"))
-    token_pruner: str = knob("q-tuning", "which tokens of Q2 samples to keep", choices=("q-tuning", "none"))
+    sample_pruner: str = knob("q-tuning", "which samples of a batch to keep", choices=SAMPLE_PRUNERS)
+    token_pruner: str = knob("q-tuning", "which tokens of the samples in token_scope to keep", choices=TOKEN_PRUNERS)
+    token_scope: str = knob(
+        "auto", "whose tokens are pruned: of Q2, of both kept corners, of every kept sample; auto: Q2 where samples have quadrants, else kept",
+        choices=("auto", "q2", "q2+q4", "kept"),
+    )  # fmt: skip
     sample_keep: float = knob(0.25, "fraction (0-1] of each scoring batch's samples to keep", rule="(0,1]")
     token_keep: float = knob(0.5, "fraction (0-1] of a Q2 sample's trained tokens to keep", rule="(0,1]")
     batch_size: int = knob(128, "samples per scoring batch, all devices together; one optimizer step each", rule=">0")
@@ -79,6 +90,9 @@ class PruneSection:
     neighbor_weight: float = knob(0.5, "lambda of eq. 7, fraction (0-1)", rule="[0,1]")
     neighbors: str = knob("sum", "eq. 7's neighbour term, or the figure caption's average", choices=("sum", "mean"))
     protect_eos: bool = knob(False, "never prune the token that closes an answer")
+    reference_model: str = knob("", "HF folder or hub name of the model that rho-1 and token-cleaning compare with")
+    infobatch_fraction: float = knob(0.5, "infobatch: fraction (0-1) of the samples below the mean loss that an epoch drops", rule="[0,1)")
+    infobatch_anneal: float = knob(0.125, "infobatch: last fraction (0-1) of the epochs that train on all samples", rule="[0,1]")
     score_lag: int = knob(0, "optimizer steps by which the scoring weights are old: 0 exact, 1 lets scoring overlap training", rule="0 or 1")
 
 
@@ -97,6 +111,7 @@ class OverlaySection:
 class TrainSection:
     epochs: float = knob(3.0, "passes over the data", rule=">0")
     max_steps: int = knob(0, "stop after so many optimizer steps; 0: by epochs", rule=">=0")
+    loss: str = knob("plain", "nll of the kept tokens, or nll re-weighted token by token: dft by probability, eaft by entropy", choices=LOSSES)
     learning_rate: float = knob(1e-4, "peak learning rate", rule=">0")
     warmup_fraction: float = knob(0.03, "fraction (0-1) of the steps spent warming up linearly", rule="[0,1)")
     final_lr_fraction: float = knob(0.0, "cosine ends at this fraction (0-1) of the peak", rule="[0,1]")

@@ -18,7 +18,7 @@ _MEANING = {1: "noise: drop", 2: "misconception: prune tokens", 3: "redundant: d
 def main(argv: Sequence[str] | None = None, console: Console | None = None) -> None:
     config, own = load_config(
         "python -m qtjax.score",
-        "Scores every training sample under one model and shows which Q-Tuning would keep. Writes eu.parquet and eu_plane.png."
+        "Scores every training sample under one model and shows which of them the config's pruners would keep. Writes eu.parquet and eu_plane.png."
         " The data are the config's, or without --config those of the run given as --checkpoint.",
         argv,
         {
@@ -38,8 +38,11 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     from qtjax.data.tokenizer import check_vocabulary
     from qtjax.report.plane import draw_plane
     from qtjax.training.open_model import open_mesh, open_model
+    from qtjax.evals.decisions import check_offline
     from qtjax.evals.survey import survey
+    from qtjax.training.reference import check_reference, reference_nll
 
+    needs = check_offline(config.prune)
     console, out = console or Console(), Path(own["out"])
     with disk_errors(out, "making the folder"):
         out.mkdir(parents=True, exist_ok=True)
@@ -47,9 +50,13 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     model = open_model(config.model, own["checkpoint"], mesh=mesh)
     dataset = (held_out_data if own["held-out"] else training_data)(config.data, model.tokenizer)
     check_vocabulary(model.tokenizer, model.config.vocab_size, dataset.input_ids)
+    reference = None
+    if needs.reference:
+        check_reference(config, model.tokenizer)
+        reference = reference_nll(config, dataset, mesh, out)
     with LateProgress("scoring", len(dataset)) as bar:
         table, correlation = survey(
-            config, model.config, model.params, dataset, overlay=model.overlay, mesh=mesh, progress=bar.advance
+            config, model.config, model.params, dataset, overlay=model.overlay, mesh=mesh, reference=reference, progress=bar.advance
         )
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
@@ -75,7 +82,8 @@ def summary_table(table, correlation: float, name: str) -> Table:
         out.add_row(label, f"{chosen.sum():,}", f"{(chosen & columns['keep']).sum():,}", *means)
     kept, supplement = columns["keep"].sum(), (columns["keep"] & columns["supplement"]).sum()
     out.add_row("all", f"{table.num_rows:,}", f"{kept:,}", "", "", style="bold")
-    out.caption = f"PPL, entropy: medians. {supplement:,} of the kept are supplement. Spearman {correlation:.2f}."
+    of_supplement = f" {supplement:,} of the kept are supplement." if supplement else ""
+    out.caption = f"PPL, entropy: medians.{of_supplement} Spearman {correlation:.2f}."
     return out
 
 

@@ -1,6 +1,7 @@
 """A file written through qtjax.atomic is the old one or the new one, whatever the disk does."""
 
 import errno
+import gc
 import os
 
 import pytest
@@ -75,3 +76,17 @@ def test_a_missing_folder_is_one_line(tmp_path):
     """Writing into a folder that does not exist names the path."""
     with pytest.raises(QtjaxError, match="No such file"):
         atomic.write_atomic(tmp_path / "none" / "a", "x")
+
+
+def test_a_failed_stream_writes_nothing_more(tmp_path):
+    """What was buffered when the block failed goes nowhere, although the descriptor's number is soon another file's."""
+    path = tmp_path / "a.bin"
+    atomic.write_atomic(path, "old")
+    with pytest.raises(RuntimeError), atomic.open_atomic(path) as file:
+        file.write(b"half")
+        raise RuntimeError
+    with open(tmp_path / "other", "wb") as other:  # takes the lowest free number
+        del file
+        gc.collect()
+    assert other.name and (tmp_path / "other").read_bytes() == b"" and path.read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "other"]

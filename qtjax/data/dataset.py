@@ -1,6 +1,7 @@
 """A tokenized dataset: flat arrays that can be memory-mapped, and the statistics of how it came about."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,6 +87,14 @@ class TokenizedDataset:
         """int64 [n], targets per sample."""
         running = np.concatenate([[0], np.cumsum(self.loss_mask, dtype=np.int64)])
         return running[self.offsets[1:]] - running[self.offsets[:-1]]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of ids and targets: what has begun with these samples goes on with no others."""
+        digest = hashlib.sha256()
+        for array in (self.input_ids, self.loss_mask, self.offsets):
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        return digest.hexdigest()
 
     def sample(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(input_ids int32 [l], loss_mask bool [l], closing bool [l]) of sample i; views, not copies."""

@@ -1,6 +1,6 @@
 """The likelihood of many samples: packed into rows of one fixed shape, scored by one compiled program."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,9 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qtjax import parallel
-from qtjax.data.packing import Sample, fill_rows, pack
+from qtjax.data.packing import PackedRows, Sample, fill_rows, pack
 from qtjax.models import ModelConfig, check_task_ids
-from qtjax.training.score import score_rows
+from qtjax.training.score import rated_rows, score_rows
 from qtjax.tree import Tree
 
 
@@ -30,9 +30,11 @@ class Likelihood(NamedTuple):
         return float(self.nll.sum() / count) if count else float("nan")
 
 
-@partial(jax.jit, static_argnames=("config", "mesh"))
-def _token_scores(config, params, overlay, rows, mesh):
-    scores = score_rows(config, params, overlay, rows, mesh, rows.get("task_ids"))
+@partial(jax.jit, static_argnames=("config", "mesh", "rater"))
+def _token_scores(config, params, overlay, rows, mesh, rater):
+    given = (config, params, overlay, rows)
+    tasks = rows.get("task_ids")
+    scores = rated_rows(*given, rater, mesh, tasks) if rater else score_rows(*given, mesh, tasks)
     # Every host sums the same numbers, so every host needs all of them; they are small beside the activations.
     return scores if mesh is None else jax.lax.with_sharding_constraint(scores, parallel.replicated(mesh))
 
@@ -42,6 +44,39 @@ def _on_device(rows: Mapping[str, np.ndarray], mesh: Mesh | None) -> Mapping[str
         return rows
     sharding = parallel.batch_sharding(mesh)
     return {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in rows.items()}
+
+
+def scored_rows(
+    config: ModelConfig,
+    params: Tree,
+    samples: Sequence[Sample],
+    *,
+    row_length: int,
+    rows: int,
+    overlay: Any = None,
+    mesh: Mesh | None = None,
+    rater: str = "",
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[PackedRows, list[np.ndarray]]]:
+    """Scores all samples, launch by launch: (packed rows, [nll, entropy] and with a rater its attention rating).
+
+    Args: as `likelihood`, but `rows` is the shape that is launched (rounded up to the devices). `sample` of the packed rows
+    counts in `samples`; scores are float32 [R, L] (nats) at targets, 0 elsewhere.
+    """
+    if overlay is not None:
+        check_task_ids(overlay.tasks, np.asarray([s.task_id for s in samples], np.int32), (len(samples),))
+    bins = pack([len(s.input_ids) for s in samples], row_length)
+    ways = 1 if mesh is None else parallel.batch_size(mesh)
+    rows = parallel.round_up(rows, ways)
+    names = ("input_ids", "loss_mask", "position_ids", "segment_ids")
+    names += ("task_ids",) if overlay is not None and overlay.tasks else ()
+    with jax.set_mesh(mesh) if mesh is not None else nullcontext():
+        for at in range(0, len(bins), rows):
+            packed = fill_rows(samples, bins[at : at + rows], rows, row_length)
+            device_rows = _on_device({name: getattr(packed, name) for name in names}, mesh)
+            yield packed, [np.asarray(x) for x in _token_scores(config, params, overlay, device_rows, mesh, rater)]
+            if progress:
+                progress(sum(len(members) for members in bins[at : at + rows]))
 
 
 def likelihood(
@@ -65,24 +100,14 @@ def likelihood(
       progress: called with the number of samples done since the last call.
     Returns: Likelihood, one entry per sample; a sample's first token is never a target.
     """
-    if overlay is not None:
-        check_task_ids(overlay.tasks, np.asarray([s.task_id for s in samples], np.int32), (len(samples),))
-    bins = pack([len(s.input_ids) for s in samples], row_length)
-    ways = 1 if mesh is None else parallel.batch_size(mesh)
-    rows = parallel.round_up(min(rows, max(len(bins), 1)), ways)
     sums, targets = np.zeros((2, len(samples))), np.zeros(len(samples), np.int64)
-    with jax.set_mesh(mesh) if mesh is not None else nullcontext():
-        for at in range(0, len(bins), rows):
-            packed = fill_rows(samples, bins[at : at + rows], rows, row_length)
-            names = ("input_ids", "loss_mask", "position_ids", "segment_ids")
-            names += ("task_ids",) if overlay is not None and overlay.tasks else ()
-            device_rows = _on_device({name: getattr(packed, name) for name in names}, mesh)
-            scored = _token_scores(config, params, overlay, device_rows, mesh)
-            owner = packed.sample[packed.loss_mask]
-            for total, scores in zip(sums, scored):
-                weights = np.asarray(scores, np.float64)[packed.loss_mask]
-                total += np.bincount(owner, weights=weights, minlength=len(samples))
-            targets += np.bincount(owner, minlength=len(samples))
-            if progress:
-                progress(sum(len(members) for members in bins[at : at + rows]))
+    rows = min(rows, max(len(pack([len(s.input_ids) for s in samples], row_length)), 1))
+    launches = scored_rows(
+        config, params, samples, row_length=row_length, rows=rows, overlay=overlay, mesh=mesh, progress=progress
+    )
+    for packed, scored in launches:
+        owner = packed.sample[packed.loss_mask]
+        for total, scores in zip(sums, scored):
+            total += np.bincount(owner, weights=scores.astype(np.float64)[packed.loss_mask], minlength=len(samples))
+        targets += np.bincount(owner, minlength=len(samples))
     return Likelihood(*sums, targets)

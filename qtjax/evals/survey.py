@@ -1,4 +1,4 @@
-"""EU scores of a whole dataset under one set of weights, and what Q-Tuning would keep of each scoring batch."""
+"""EU scores of a whole dataset under one set of weights, and what the config's pruners would keep of each scoring batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +9,13 @@ from jax.sharding import Mesh
 
 from qtjax.config import Config
 from qtjax.data.dataset import TokenizedDataset
-from qtjax.data.iterate import BatchPlan
-from qtjax.evals.loss import whole_sequences
-from qtjax.evals.rows import likelihood
+from qtjax.evals.decisions import decisions
 from qtjax.models import ModelConfig
-from qtjax.pruning import select_samples, spearman
+from qtjax.pruning import spearman
 from qtjax.records.samples import to_table
+from qtjax.scoring import sample_scores
+from qtjax.training.batch import ScoringBatch
+from qtjax.training.step import Decision
 from qtjax.tree import Tree
 
 
@@ -26,6 +27,7 @@ def survey(
     *,
     overlay: Any = None,
     mesh: Mesh | None = None,
+    reference: np.ndarray | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[pa.Table, float]:
     """Scores every sample once, then decides batch by batch as the first epoch of training would.
@@ -33,38 +35,27 @@ def survey(
     The batches are those of training with the same seed (train.seed, prune.batch_size); the weights are the same for
     all of them, so that the scores compare.
     Returns: (table of records.samples.SCHEMA, one row a sample in the order of `dataset`; `step` is the batch, from 1;
-      `row` the source row; perplexity and entropy NaN for samples without targets), and the mean over batches of the
-      Spearman correlation of perplexity and entropy (NaN where undefined).
+      `row` the source row; perplexity and entropy of every sample, NaN for those without targets), and the mean over
+      batches of the Spearman correlation of perplexity and entropy (NaN where undefined).
     """
-    prune = config.prune
-    found = likelihood(
-        model_config, params, whole_sequences(dataset, range(len(dataset))), row_length=config.train.row_length or config.data.max_length,
-        rows=config.train.rows, overlay=overlay, mesh=mesh, progress=progress,
-    )  # fmt: skip
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        perplexity = np.exp(found.nll / found.targets).astype(np.float32)
-        entropy = (found.entropy / found.targets).astype(np.float32)
-    plan = BatchPlan(len(dataset), prune.batch_size, config.train.seed)
     tables, orders, correlations = [], [], []
-    for step in range(plan.steps_per_epoch):
-        batch = plan.global_batch(step)
-        valid = batch >= 0
-        ppl, ent = (np.where(valid, scores[batch], np.nan) for scores in (perplexity, entropy))
-        choice = select_samples(
-            ppl, ent, keep=prune.sample_keep, policy=prune.policy, supplement=prune.supplement, valid=valid
-        )
-        count = np.where(valid, found.targets[batch], 0)
-        keep, quadrant = np.asarray(choice.keep), np.asarray(choice.quadrant)
-        pruned = keep & (quadrant == 2) & (prune.token_pruner != "none")
-        tokens = np.where(pruned, np.maximum(1, np.floor(prune.token_keep * count + 1e-6)), count)
-        columns = {
-            "epoch": 0, "row": np.where(valid, dataset.row_index[batch], -1), "perplexity": ppl, "entropy": ent,
-            "count": count, "quadrant": quadrant, "median_quadrant": choice.median_quadrant, "keep": keep,
-            "supplement": choice.supplement, "kept_tokens": np.where(keep, tokens, 0),
-        }  # fmt: skip
-        tables.append(to_table(step + 1, columns))
-        orders.append(batch[valid])
-        correlations.append(float(spearman(ppl, ent, valid)))
+    decided = decisions(
+        config, model_config, params, dataset, overlay=overlay, mesh=mesh, reference=reference, score_all=True, progress=progress
+    )
+    for step, batch, nll, entropy, decision in decided:
+        scores = sample_scores(nll, entropy, batch.targets)
+        tables.append(to_table(step + 1, record_columns(dataset, batch, decision) | {
+            "perplexity": scores.perplexity, "entropy": scores.entropy,
+        }))  # fmt: skip
+        orders.append(batch.indices[batch.valid])
+        correlations.append(float(spearman(scores.perplexity, scores.entropy, batch.valid)))
     table = pa.concat_tables(tables).take(np.argsort(np.concatenate(orders), kind="stable"))
     known = [c for c in correlations if np.isfinite(c)]
     return table, float(np.mean(known)) if known else float("nan")
+
+
+def record_columns(dataset: TokenizedDataset, batch: ScoringBatch, decision: Decision) -> dict[str, Any]:
+    """The columns of records.samples.SCHEMA of a batch of the first epoch, `step` left out."""
+    names = ("perplexity", "entropy", "count", "quadrant", "median_quadrant", "keep", "supplement", "kept_tokens")
+    rows = np.where(batch.valid, dataset.row_index[np.maximum(batch.indices, 0)], -1)
+    return {"epoch": 0, "row": rows} | {name: np.asarray(getattr(decision, name)) for name in names}

@@ -1,9 +1,12 @@
 """The decoder behind one door: plain parameter trees and pure functions."""
 
-from qtjax.models.api import abstract_params, apply, hidden_states, init_params, logical_axes, logits, readout, segments
+from qtjax.models.api import (
+    abstract_params, apply, hidden_states, init_params, logical_axes, logits, rated_hidden_states, readout, segments,
+)  # fmt: skip
 from qtjax.models.config import ModelConfig, RopeScaling
 from qtjax.models.edits import AttentionEdit, EmbeddingEdit, Edits, LinearEdit, NormEdit, combine_trees
 from qtjax.models.generate import generate
+from qtjax.models.ratings import RATERS
 from qtjax.models.virtual import check_task_ids
 from qtjax.models.quantized import KINDS, Quantized, is_quantized_path, quantize
 
@@ -16,6 +19,7 @@ __all__ = [
     "ModelConfig",
     "NormEdit",
     "Quantized",
+    "RATERS",
     "RopeScaling",
     "abstract_params",
     "apply",
@@ -28,6 +32,7 @@ __all__ = [
     "logical_axes",
     "logits",
     "quantize",
+    "rated_hidden_states",
     "readout",
     "segments",
 ]

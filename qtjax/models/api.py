@@ -13,6 +13,7 @@ from qtjax.models.attention import visible
 from qtjax.models.config import ModelConfig
 from qtjax.models.decoder import Decoder
 from qtjax.models.edits import Edits
+from qtjax.models.ratings import check_rater, plan
 from qtjax.models.virtual import among_virtual, check_task_ids, of_rows, offsets, sees_virtual
 from qtjax.models.quantized import abstract_quantized, is_quantized_path, quantize_layers
 from qtjax.tree import Tree, flatten, match_rules, unflatten
@@ -109,16 +110,51 @@ def hidden_states(
       QtjaxError for task_ids that do not fit the overlay; where they are traced, the states of unknown tasks are NaN.
     """
     segment = segments(input_ids, attention_mask, segment_ids)
-    if task_ids is not None:
-        task_ids = jnp.asarray(task_ids)
-    row = _Row(input_ids, position_ids, segment, segment_ids, task_ids)
-    if overlay is None:
-        return _run(config, params, row, Edits({}))
-    check_task_ids(overlay.tasks, task_ids, input_ids.shape, segment != 0)
-    hidden = _run(config, params, row, overlay.expand(rng, task_ids))
-    if overlay.two_passes:
-        hidden = _run(config, params, row, overlay.expand(rng, task_ids, jax.lax.stop_gradient(hidden)))
-    return hidden
+    task_ids = None if task_ids is None else jnp.asarray(task_ids)
+    return _states(config, params, _Row(input_ids, position_ids, segment, segment_ids, task_ids), overlay, rng)[0]
+
+
+def rated_hidden_states(
+    config: ModelConfig,
+    params: Tree,
+    input_ids: Array,
+    targets: Array,
+    rater: str,
+    attention_mask: Array | None = None,
+    position_ids: Array | None = None,
+    segment_ids: Array | None = None,
+    overlay: Any = None,
+    task_ids: Array | None = None,
+) -> tuple[Array, Array]:
+    """Hidden states, and how much attention each target gets from later targets of its segment, in one forward pass.
+
+    With A[i, j] the attention weight of row i on slot j, averaged over heads, and `last` a segment's last target:
+      "fastv" (after arXiv 2403.06764): rating_j = A[last, j] in the last layer.
+      "sparsevlm" (after arXiv 2410.04417): rating_j = mean over the targets i > j of A[i, j] max(0, cos(x_i, x_j)), x the
+        hidden states that enter the layer, averaged over the layers round(N d / 32), d = 2, 6, 15, counted from 0 (a layer
+        that two depths share counts once).
+    Both papers rate the image tokens of a prompt; that targets are rated by later targets is ours, since under a causal
+    mask nothing else of a sample sees them. What the papers leave open is settled so: row i is the one at target i itself,
+    not the one that predicts it; the last target, which no later row sees, is rated by its own row; a row whose sliding
+    window does not reach j pays it 0 and counts as a row, so that "fastv" is 0 beyond the last row's window; prompt
+    tokens and an overlay's virtual tokens take their part of the softmax and get no rating; a prompt that has a softmax of
+    its own (LLaMA-Adapter) takes none.
+
+    Args:
+      targets: bool [B, L], whom to rate; every segment for itself. Those at slots that hold nothing real are left out.
+      rater: one of RATERS. Others as in `hidden_states`.
+    Returns: hidden [B, L, D] as `hidden_states` gives it (to the bit, but for 16-bit unrolled layers, which XLA may round
+      elsewhere when it fuses them otherwise); rating float32 [B, L], fractions 0 to 1, 0 where no target
+      stands; without gradient; NaN where a traced task is unknown. Beside what the forward pass needs anyway at most
+      [B, H, 64, S] weights are held at a time, in the layers that rate. Raises QtjaxError for an unknown rater, for
+      targets that are not bool [B, L], and as `hidden_states` does.
+    """
+    targets = jnp.asarray(targets)
+    check_rater(rater, targets, input_ids.shape)
+    segment = segments(input_ids, attention_mask, segment_ids)
+    task_ids = None if task_ids is None else jnp.asarray(task_ids)
+    row = _Row(input_ids, position_ids, segment, segment_ids, task_ids, targets & (segment != 0), rater)
+    return _states(config, params, row, overlay)
 
 
 class _Row(NamedTuple):
@@ -127,6 +163,28 @@ class _Row(NamedTuple):
     segment: Array
     segment_ids: Array | None
     task_ids: Array | None
+    targets: Array | None = None
+    rater: str | None = None
+
+    def plan(self, config: ModelConfig, ahead: int = 0) -> Any:
+        """Who is rated by whom where `ahead` virtual tokens stand before the row, or None."""
+        if self.rater is None:
+            return None
+        targets, segment = (jnp.pad(x, ((0, 0), (ahead, 0))) for x in (self.targets, self.segment))
+        return plan(self.rater, config.num_hidden_layers, targets, segment)
+
+
+def _states(
+    config: ModelConfig, params: Tree, row: _Row, overlay: Any, rng: Array | None = None
+) -> tuple[Array, Array | None]:
+    """Hidden states and, where the row names a rater, the rating."""
+    if overlay is None:
+        return _run(config, params, row, Edits({}))
+    check_task_ids(overlay.tasks, row.task_ids, row.input_ids.shape, row.segment != 0)
+    if not overlay.two_passes:
+        return _run(config, params, row, overlay.expand(rng, row.task_ids))
+    first, _ = _run(config, params, row._replace(rater=None), overlay.expand(rng, row.task_ids))
+    return _run(config, params, row, overlay.expand(rng, row.task_ids, jax.lax.stop_gradient(first)))
 
 
 def variables(params: Tree, edits: Edits) -> dict[str, Tree]:
@@ -134,7 +192,7 @@ def variables(params: Tree, edits: Edits) -> dict[str, Tree]:
     return {"params": params} | ({"overlay": edits.tree} if edits.tree else {}) | ({"shared": edits.shared} if edits.shared else {})
 
 
-def _run(config: ModelConfig, params: Tree, row: _Row, edits: Edits) -> Array:
+def _run(config: ModelConfig, params: Tree, row: _Row, edits: Edits) -> tuple[Array, Array | None]:
     slots, window = jnp.arange(row.input_ids.shape[1], dtype=jnp.int32), config.sliding_window
     mask = visible(slots, slots, row.segment, row.segment, window)
     # Only these need to know where a segment began.
@@ -145,13 +203,15 @@ def _run(config: ModelConfig, params: Tree, row: _Row, edits: Edits) -> Array:
         return _run_behind(config, params, row, edits, offset, positions, mask)
     if edits.prefix:
         mask = jnp.concatenate([sees_virtual(offset, row.segment, edits.prefix, window), mask], axis=-1)
-    hidden, _ = Decoder(config).apply(variables(params, edits), row.input_ids, positions, mask)
-    return jnp.where((row.segment != 0)[..., None], hidden, 0)
+    hidden, _, rating = Decoder(config).apply(
+        variables(params, edits), row.input_ids, positions, mask, plan=row.plan(config)
+    )
+    return jnp.where((row.segment != 0)[..., None], hidden, 0), rating
 
 
 def _run_behind(
     config: ModelConfig, params: Tree, row: _Row, edits: Edits, offset: Array, positions: Array, mask: Array
-) -> Array:
+) -> tuple[Array, Array | None]:
     """`_run` with virtual embeddings before the rows: the row's task's, or all tasks' where its tokens differ in task."""
     groups, count = edits.virtual.shape[:2]
     batch, window, same, known = positions.shape[0], config.sliding_window, None, True
@@ -169,9 +229,13 @@ def _run_behind(
         [jnp.broadcast_to(top, (batch, 1, *top.shape)), jnp.concatenate([seen, mask], axis=-1)], axis=2
     )
     positions = jnp.concatenate([own, positions], axis=1)
-    hidden, _ = Decoder(config).apply(variables(params, edits), row.input_ids, positions, mask, virtual=virtual)
+    hidden, _, rating = Decoder(config).apply(
+        variables(params, edits), row.input_ids, positions, mask, virtual=virtual, plan=row.plan(config, extra)
+    )
     hidden = hidden[:, extra:] if same is None else jnp.where(known[..., None], hidden[:, extra:], jnp.nan)
-    return jnp.where((row.segment != 0)[..., None], hidden, 0)
+    if rating is not None:
+        rating = rating[:, extra:] if same is None else jnp.where(known | ~row.targets, rating[:, extra:], jnp.nan)
+    return jnp.where((row.segment != 0)[..., None], hidden, 0), rating
 
 
 def readout(

@@ -3,6 +3,8 @@
 B batch, L length, V vocab, D model, H query heads, K key/value heads, C head dim, F ffn, N layers, S cache slots.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -14,8 +16,10 @@ from jax.sharding import PartitionSpec as P
 from qtjax.models.attention import attend, before, prompted, rope_tables, rotate
 from qtjax.models.config import ModelConfig
 from qtjax.models.edits import AttentionEdit, combine, product
+from qtjax.models.ratings import Plan, attention_paid
 
 Cache = tuple[Array, Array]
+Rate = Callable[[Array, Array, Array], Array]  # (q, k, mask) -> rating
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -88,7 +92,9 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Array, rope: tuple[Array, Array], mask: Array, cache: Cache | None, slot: Array | int):
+    def __call__(
+        self, x: Array, rope: tuple[Array, Array], mask: Array, cache: Cache | None, slot: Array | int, rate: Rate | None
+    ) -> tuple[Array, Cache | None, Array | None]:
         c = self.config
         heads, kv_heads, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
 
@@ -108,15 +114,16 @@ class Attention(nn.Module):
         edit: AttentionEdit | None = _edit(self, "attention")
         if edit is not None and edit.prefix_k is not None:
             k, v = (before(prefix, own) for prefix, own in ((edit.prefix_k, k), (edit.prefix_v, v)))
+        rating = None if rate is None else rate(q, k, mask)
         y, o_proj = attend(q, k, v, mask), Linear(c, c.hidden_size, c.attention_bias, name="o_proj")
         if edit is None or edit.prompt is None:
-            return o_proj(y.reshape(*x.shape[:2], heads * dim)), cache
+            return o_proj(y.reshape(*x.shape[:2], heads * dim)), cache, rating
         prompt = edit.prompt.astype(x.dtype)[None]
         more = prompted(q, split(k_proj(prompt), kv_heads), split(v_proj(prompt), kv_heads), edit.gate, edit.tanh)
         y, more = (part.reshape(*x.shape[:2], heads * dim) for part in (y, more))
         if edit.alone is None:
-            return o_proj(y + more), cache
-        return o_proj(y) + edit.alone.astype(x.dtype) * o_proj(more), cache
+            return o_proj(y + more), cache, rating
+        return o_proj(y) + edit.alone.astype(x.dtype) * o_proj(more), cache, rating
 
 
 class MLP(nn.Module):
@@ -136,12 +143,23 @@ class Layer(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Array, cache: Cache | None, rope: tuple[Array, Array], mask: Array, slot: Array | int):
+    def __call__(
+        self,
+        x: Array,
+        cache: Cache | None,
+        rates: Array | None,
+        rope: tuple[Array, Array],
+        mask: Array,
+        slot: Array | int,
+        plan: Plan | None,
+    ) -> tuple[Array, tuple[Cache | None, Array | None]]:
         c = self.config
-        y, cache = Attention(c, name="self_attn")(RMSNorm(c, name="input_layernorm")(x), rope, mask, cache, slot)
+        rate = None if plan is None else partial(attention_paid, plan, rates, x)
+        normed = RMSNorm(c, name="input_layernorm")(x)
+        y, cache, rating = Attention(c, name="self_attn")(normed, rope, mask, cache, slot, rate)
         x = x + y
         x = x + MLP(c, name="mlp")(RMSNorm(c, name="post_attention_layernorm")(x))
-        return keep_batch_sharded(x), cache
+        return keep_batch_sharded(x), (cache, rating)
 
 
 class Embedding(nn.Module):
@@ -182,7 +200,7 @@ def _scanned_layers(config: ModelConfig) -> Any:
         variable_axes={"params": 0, "overlay": 0},
         variable_broadcast="shared",
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
         out_axes=0,
         length=config.num_hidden_layers,
         unroll=config.num_hidden_layers if config.unroll_layers else 1,
@@ -201,18 +219,20 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         slot: Array | int = 0,
         virtual: Array | None = None,
-    ) -> tuple[Array, Cache | None]:
-        """Final-norm hidden states [B, P + L, D] in the compute dtype, and the cache with the new keys and values.
+        plan: Plan | None = None,
+    ) -> tuple[Array, Cache | None, Array | None]:
+        """Final-norm hidden states [B, P + L, D] in the compute dtype, the cache with the new keys and values, the rating.
 
         Args: input_ids int32 [B, L]; virtual: embeddings [P, D] or [B, P, D] put before them (P = 0 without);
         position_ids int32 [B, P + L]; mask bool [B, 1, P + L, S]; cache k, v [N, B, S, K, C]; slot: where in the cache
-        the first of these tokens goes.
+        the first of these tokens goes; plan: who is rated, float32 [B, P + L] (None without).
         """
         c = self.config
         x = Embedding(c, name="embed_tokens")(input_ids)
         x = keep_batch_sharded(x if virtual is None else before(virtual, x))
         rope = rope_tables(c, position_ids)
-        x, cache = _scanned_layers(c)(c, name="layers")(x, cache, rope, mask, slot)
+        rates = None if plan is None else plan.layers
+        x, (cache, ratings) = _scanned_layers(c)(c, name="layers")(x, cache, rates, rope, mask, slot, plan)
         if not c.tie_word_embeddings:
             Head(c, name="lm_head")()
-        return RMSNorm(c, name="norm")(x), cache
+        return RMSNorm(c, name="norm")(x), cache, None if ratings is None else ratings.sum(axis=0)

@@ -98,7 +98,7 @@ def _generate(config, max_new_tokens, eos, pad, greedy, params, overlay, task_id
             sight = jnp.concatenate([sees_virtual(query_slots - first, queries, edits.prefix, window), sight], axis=-1)
 
         def run(edits, cache):
-            return model.apply(variables(params, edits), ids, positions, sight, cache, slot, virtual)
+            return model.apply(variables(params, edits), ids, positions, sight, cache, slot, virtual)[:2]
 
         hidden, cache = run(edits, caches[0])
         after = (cache,)

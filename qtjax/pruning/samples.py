@@ -15,43 +15,18 @@ Samples that no level up to 0.49 reaches supplement the choice, by how far they 
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from qtjax.errors import QtjaxError, near_names
+from qtjax.pruning.base import Candidates, SampleChoice, checked_candidates
 from qtjax.pruning.budget import budget_table
+from qtjax.pruning.ranks import median_quadrants, stable_ranks
 
 POLICIES = ("paper", "article")
 SUPPLEMENTS = ("minmax", "ranks")
-
-
-class SampleChoice(NamedTuple):
-    """What stage 1 decided about each of the B samples.
-
-    keep: bool [B], the chosen samples; exactly min(K, eligible) of them.
-    quadrant: int32 [B], the corner that the sample enters first: 2 or 4 ("paper"), 2 or 3 ("article"), 0 if no level up
-      to 0.49 reaches it or it is not eligible. Does not depend on the budget: a sample in a corner may not be kept.
-    supplement: bool [B], kept without being in a corner (such samples keep all their tokens).
-    median_quadrant: int32 [B], 1..4 by the two medians (high means 2*rank + 1 > n); 0 if not eligible. For reports.
-    level: float32 scalar in [0, 0.49]: m/n of the last corner sample kept; 0.49 once the supplement is used; NaN if no
-      sample lies in a corner.
-    eligible: bool [B], real samples with targets and finite scores; the others are never kept.
-    """
-
-    keep: jax.Array
-    quadrant: jax.Array
-    supplement: jax.Array
-    median_quadrant: jax.Array
-    level: jax.Array
-    eligible: jax.Array
-
-
-def _ranks(values_B: jax.Array, eligible_B: jax.Array) -> jax.Array:
-    """int32 [B], stable ranks 0..n-1 among the eligible (ties: lower index first); the others come after them."""
-    return jnp.argsort(jnp.lexsort((values_B, ~eligible_B))).astype(jnp.int32)
 
 
 def _unit_range(values_B: jax.Array, eligible_B: jax.Array) -> jax.Array:
@@ -73,7 +48,7 @@ def _select(perplexity_B, entropy_B, budgets, valid_B, policy: str, supplement: 
     # Ineligible scores may be NaN or inf: kept out of every later sort, difference and sum.
     perplexity = jnp.where(eligible, perplexity_B, 0.0)
     entropy = jnp.where(eligible, entropy_B, 0.0)
-    rank_p, rank_e = _ranks(perplexity, eligible), _ranks(entropy, eligible)
+    rank_p, rank_e = stable_ranks(perplexity, eligible), stable_ranks(entropy, eligible)
 
     m2 = jnp.maximum(n - 1 - rank_p, rank_e)
     if policy == "paper":
@@ -98,15 +73,14 @@ def _select(perplexity_B, entropy_B, budgets, valid_B, policy: str, supplement: 
     extra = keep & ~placed
     last_m = jnp.max(jnp.where(keep & placed, m, -1), initial=-1)
     level = jnp.where(jnp.any(extra), 0.49, last_m / jnp.maximum(n, 1))
-    high_p, high_e = 2 * rank_p + 1 > n, 2 * rank_e + 1 > n
-    median = jnp.where(high_p, jnp.where(high_e, 1, 2), jnp.where(high_e, 4, 3))
     return SampleChoice(
         keep=keep,
         quadrant=quadrant,
         supplement=extra,
-        median_quadrant=jnp.where(eligible, median, 0).astype(jnp.int32),
+        median_quadrant=median_quadrants(rank_p, rank_e, eligible),
         level=jnp.where(jnp.any(placed), level, jnp.nan).astype(jnp.float32),
         eligible=eligible,
+        weight=keep.astype(jnp.float32),
     )
 
 
@@ -147,6 +121,15 @@ def select_samples(
             " must be one dimension of equal length; flatten packed [B, S] scores first"
         )
     return _select(perplexity, entropy, budget_table(keep, perplexity.size), valid, policy, supplement)
+
+
+def choose_by_quadrant(
+    candidates: Candidates, keep: float, *, policy: str = "paper", supplement: str = "minmax"
+) -> SampleChoice:
+    """`select_samples` of a scoring batch; a sample without targets has no score."""
+    candidates = checked_candidates(candidates)
+    perplexity = jnp.where(candidates.count > 0, candidates.perplexity, jnp.nan)
+    return select_samples(perplexity, candidates.entropy, keep, policy, supplement, candidates.valid)
 
 
 def _average_ranks(values_B: jax.Array, eligible_B: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from qtjax.errors import QtjaxError, near_names
-from qtjax.pruning.budget import budget_table
+from qtjax.pruning.lowest import keep_lowest
 
 NEIGHBORS = ("sum", "mean")
 # exp(50) is 5e21: sums of three stay finite in float32, and no model is meaningfully worse than that.
@@ -32,25 +32,11 @@ def _row_criterion(token_nll_L, mask_L, neighbor_weight, neighbors: str) -> jax.
     return jnp.zeros(length, jnp.float32).at[order].set(jnp.where(slot <= last, s, 0.0), unique_indices=True)
 
 
-def _row_keep(criterion_L, mask_L, protect_L, budgets) -> jax.Array:
-    """The lowest criteria of ONE row, protected targets before all others."""
-    protected = protect_L & mask_L
-    group = jnp.where(protected, 0, jnp.where(mask_L, 1, 2))
-    rank = jnp.argsort(jnp.lexsort((criterion_L, group)))  # stable: of equal criteria the earlier token comes first
-    count = jnp.maximum(budgets[jnp.sum(mask_L)], jnp.sum(protected))
-    return mask_L & (rank < count)
-
-
 @functools.partial(jax.jit, static_argnames=("neighbors",))
 def _criterion(token_nll, mask, neighbor_weight, neighbors: str) -> jax.Array:
     return jax.vmap(functools.partial(_row_criterion, neighbors=neighbors), in_axes=(0, 0, None))(
         token_nll, mask, neighbor_weight
     )
-
-
-@jax.jit
-def _keep_lowest(criterion, mask, protect, budgets) -> jax.Array:
-    return jax.vmap(_row_keep, in_axes=(0, 0, 0, None))(criterion, mask, protect, budgets)
 
 
 def token_criterion(
@@ -100,7 +86,4 @@ def select_tokens(
     """
     mask = jnp.asarray(loss_mask) != 0
     criterion = token_criterion(token_nll, mask, neighbor_weight, neighbors)
-    protect = jnp.zeros(mask.shape, bool) if protect is None else jnp.asarray(protect) != 0
-    if protect.shape != mask.shape:
-        raise QtjaxError(f"protect has shape {protect.shape}: must be {mask.shape}, as loss_mask")
-    return _keep_lowest(criterion, mask, protect, budget_table(keep, mask.shape[1]))
+    return keep_lowest(criterion, mask, keep, protect)

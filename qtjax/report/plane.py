@@ -27,6 +27,7 @@ _LABELS = {
     "q4": "kept Q4, whole",
     "q3": "kept Q3, whole",
     "supplement": "kept as supplement, whole",
+    "kept": "kept",
 }
 
 
@@ -110,7 +111,7 @@ def _arrays(columns: Any) -> dict[str, np.ndarray]:
 
 
 def _kinds(data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Masks that partition the samples: "dropped", "q4", "q2", "q3", "supplement"; or "1".."4" where nothing was chosen."""
+    """Masks that partition the samples: "dropped", "q4", "q2", "q3", "supplement", "kept" (by a pruner without quadrants); or "1".."4" where nothing was chosen."""
     if "keep" not in data:
         high_ppl = data["perplexity"] > np.median(data["perplexity"])
         high_ent = data["entropy"] > np.median(data["entropy"])
@@ -122,10 +123,10 @@ def _kinds(data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         }
     else:
         keep = data["keep"].astype(bool)
-        placed = keep & ~data.get("supplement", np.zeros_like(keep)).astype(bool)
+        supplement = keep & data.get("supplement", np.zeros_like(keep)).astype(bool)
         quadrant = data.get("quadrant", np.zeros(len(keep), int))
-        masks = {"dropped": ~keep} | {f"q{q}": placed & (quadrant == q) for q in (2, 4, 3)}
-        masks["supplement"] = keep & ~(masks["q2"] | masks["q4"] | masks["q3"])
+        masks = {"dropped": ~keep} | {f"q{q}": keep & ~supplement & (quadrant == q) for q in (2, 4, 3)}
+        masks |= {"supplement": supplement, "kept": keep & ~supplement & (quadrant == 0)}
     return {kind: mask for kind, mask in masks.items() if mask.any()}
 
 

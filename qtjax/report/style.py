@@ -13,7 +13,7 @@ from qtjax.atomic import disk_errors, write_atomic
 BLUE, VERMILION, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
 INK, GREY, PALE = "#222222", "#9A9A9A", "#D0D0D0"
 
-KIND_COLORS = {"q2": VERMILION, "q4": BLUE, "q3": PURPLE, "supplement": GREEN}
+KIND_COLORS = {"q2": VERMILION, "q4": BLUE, "q3": PURPLE, "supplement": GREEN, "kept": SKY}
 QUADRANT_COLORS = {1: "#4D4D4D", 2: VERMILION, 3: PURPLE, 4: BLUE}
 
 

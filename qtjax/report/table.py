@@ -162,13 +162,13 @@ def _kept(summary: Mapping[str, Any]) -> Block | None:
             )
     supplement = samples.get("supplement", 0)
     rows.append(("  supplement, whole", f"{supplement:,}", "", _percent(supplement, seen)))
-    if samples.get("eligible", seen) == kept == seen:
-        rows = rows[:1]  # full data: nothing was chosen
+    if not any(samples.get(name) for name in ("q2", "q3", "q4", "supplement")):
+        rows = rows[:1]  # full data, or a pruner without quadrants
     rows.append(
         ("trained tokens kept", f"{tokens['kept']:,}", f"{tokens['seen']:,}", _percent(tokens["kept"], tokens["seen"]))
     )
     closing = summary.get("closing") or {}
-    if closing.get("seen") and len(rows) > 2:
+    if closing.get("seen") and tokens["kept"] < tokens["seen"]:
         rows.append(
             (
                 "  closing (EOS) tokens pruned",

@@ -5,19 +5,32 @@ Shape letters: B batch, L length, T = B * L, V vocabulary, D model width, c chun
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from qtjax.errors import QtjaxError, near_names
 from qtjax.scoring.chunks import BATCH_AXES, Plan, check_shapes, label_logit, logits, make_plan, rows_at, work_list
+from qtjax.scoring.factors import FACTORS, LOSSES
 
 
-def _local_loss(plan: Plan, wants: tuple[bool, bool, bool], hidden_BLD, kernel, labels_BL, weights_BL) -> tuple[Any, ...]:
-    """(loss, dhidden, dkernel, dweights), each gradient float32, or None where `wants` says so."""
+class _Call(NamedTuple):
+    """What is static about one loss; hashable."""
+
+    plan: Plan
+    loss: str
+    want_nll: bool
+    dtypes: tuple[Any, Any, Any]  # of hidden, kernel, weights
+
+
+def _local_loss(call: _Call, wants: tuple[bool, bool, bool], hidden_BLD, kernel, labels_BL, weights_BL) -> tuple[Any, ...]:
+    """(loss, nll, dhidden, dkernel, dweights), all float32; None what neither `call` nor `wants` asks for."""
+    plan, factor = call.plan, FACTORS[call.loss]
     want_hidden, want_kernel, want_weights = wants
+    want_nll = call.want_nll or want_weights
     width = hidden_BLD.shape[-1]
     hidden_TD, labels_T, weights_T = hidden_BLD.reshape(-1, width), labels_BL.reshape(-1), weights_BL.reshape(-1)
     weights_T = weights_T.astype(jnp.float32)
@@ -25,13 +38,16 @@ def _local_loss(plan: Plan, wants: tuple[bool, bool, bool], hidden_BLD, kernel, 
     in_kernel = 1 if plan.layout == "dv" else 0  # the kernel's vocabulary axis
 
     def body(i, carry):
-        loss, dhidden, dkernel, nlls = carry
+        loss, nlls, factors, dhidden, dkernel = carry
         index_c = lax.dynamic_slice(order, (i * chunk,), (chunk,))
         hidden_cD, labels_c, weights_c = rows_at(hidden_TD, index_c), rows_at(labels_T, index_c), rows_at(weights_T, index_c)
         logits_cV = logits(hidden_cD, kernel, plan.layout)
         top_c = jnp.max(logits_cV, axis=1)
         log_total_c = jnp.log(jnp.sum(jnp.exp(logits_cV - top_c[:, None]), axis=1))
         nll_c = log_total_c - (label_logit(logits_cV, labels_c) - top_c)
+        if factor is not None:
+            factor_c = factor(logits_cV, nll_c)
+            weights_c = weights_c * factor_c
         # Padding slots carry weight 0 and a finite nll (hidden 0: log V), so they add exactly nothing.
         loss = loss + jnp.sum(weights_c * nll_c)
         if want_hidden or want_kernel:
@@ -48,63 +64,80 @@ def _local_loss(plan: Plan, wants: tuple[bool, bool, bool], hidden_BLD, kernel, 
             weighed_cD = (weights_c[:, None] * hidden_cD).astype(operand)
             pair = (weighed_cD, slope_cV) if plan.layout == "dv" else (slope_cV, weighed_cD)
             dkernel = dkernel + lax.dot_general(*pair, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        if want_weights:
+        if want_nll:
             nlls = nlls.at[index_c].set(nll_c, mode="drop")
-        return loss, dhidden, dkernel, nlls
+        if want_weights and factor is not None:
+            factors = factors.at[index_c].set(factor_c, mode="drop")
+        return loss, nlls, factors, dhidden, dkernel
 
     start = (
         jnp.float32(0),
+        jnp.zeros(weights_T.shape, jnp.float32) if want_nll else None,
+        jnp.zeros(weights_T.shape, jnp.float32) if want_weights and factor is not None else None,
         jnp.zeros(hidden_TD.shape, jnp.float32) if want_hidden else None,
         jnp.zeros(kernel.shape, jnp.float32) if want_kernel else None,
-        jnp.zeros(weights_T.shape, jnp.float32) if want_weights else None,
     )
-    loss, dhidden, dkernel, nlls = lax.fori_loop(0, trips, body, start)
+    loss, nlls, factors, dhidden, dkernel = lax.fori_loop(0, trips, body, start)
     if plan.mesh is not None:
         everywhere = plan.batch_axes + plan.split_axes
         loss, dkernel = lax.psum((loss, dkernel), everywhere)
         if plan.split_axes:
-            dhidden, nlls = lax.psum((dhidden, nlls), plan.split_axes)
+            dhidden, nlls, factors = lax.psum((dhidden, nlls, factors), plan.split_axes)
+    nlls = nlls.reshape(weights_BL.shape) if want_nll else None
     return (
         loss,
+        nlls if call.want_nll else None,
         dhidden.reshape(hidden_BLD.shape) if want_hidden else None,
         dkernel,
-        nlls.reshape(weights_BL.shape) if want_weights else None,
+        (nlls if factors is None else nlls * factors.reshape(weights_BL.shape)) if want_weights else None,
     )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_loss(plan: Plan, wants: tuple[bool, bool, bool], hidden, kernel, labels, weights) -> tuple[Any, ...]:
-    local = functools.partial(_local_loss, plan, wants)
+def _run_loss(call: _Call, wants: tuple[bool, bool, bool], hidden, kernel, labels, weights) -> tuple[Any, ...]:
+    plan = call.plan
+    local = functools.partial(_local_loss, call, wants)
     if plan.mesh is not None:
         rows, whole = PartitionSpec(plan.batch_axes), PartitionSpec()
-        local = jax.shard_map(
-            local, mesh=plan.mesh, in_specs=(rows, whole, rows, rows), out_specs=(whole, rows, whole, rows), check_vma=False
-        )
+        specs = {"in_specs": (rows, whole, rows, rows), "out_specs": (whole, rows, rows, whole, rows)}
+        local = jax.shard_map(local, mesh=plan.mesh, **specs, check_vma=False)
     return local(hidden, kernel, labels, weights)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(plan: Plan, dtypes: tuple[Any, Any, Any], hidden, kernel, labels, weights) -> jax.Array:
-    return _run_loss(plan, (False, False, False), hidden, kernel, labels, weights)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(call: _Call, hidden, kernel, labels, weights) -> tuple[jax.Array, jax.Array | None]:
+    return _run_loss(call, (False, False, False), hidden, kernel, labels, weights)[:2]
 
 
-def _loss_forward(plan: Plan, dtypes: tuple[Any, Any, Any], hidden, kernel, labels, weights):
+def _loss_forward(call: _Call, hidden, kernel, labels, weights):
     # symbolic_zeros=True says which operands are differentiated: a frozen head (LoRA) saves a third of the matmuls.
     wants = (hidden.perturbed, kernel.perturbed, weights.perturbed)
-    loss, *gradients = _run_loss(plan, wants, hidden.value, kernel.value, labels.value, weights.value)
-    return loss, tuple(gradients)
+    loss, nll, *gradients = _run_loss(call, wants, hidden.value, kernel.value, labels.value, weights.value)
+    return (loss, nll), tuple(gradients)
 
 
-def _loss_backward(plan: Plan, dtypes: tuple[Any, Any, Any], gradients, cotangent):
+def _loss_backward(call: _Call, gradients, cotangents):
+    cotangent, _ = cotangents  # the nll is behind stop_gradient
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
         return None, None, None, None
     dhidden, dkernel, dweights = (
-        None if gradient is None else (cotangent * gradient).astype(dtype) for gradient, dtype in zip(gradients, dtypes)
+        None if gradient is None else (cotangent * gradient).astype(dtype) for gradient, dtype in zip(gradients, call.dtypes)
     )
     return dhidden, dkernel, None, dweights
 
 
 _loss.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)
+
+
+def _checked(hidden, kernel, labels, weights, loss: str, want_nll: bool, plan: Plan) -> tuple[jax.Array, jax.Array | None]:
+    """(loss, nll or None) of arguments that are looked at first."""
+    if loss not in LOSSES:
+        raise QtjaxError(f"loss = {loss!r}: must be one of {', '.join(LOSSES)}{near_names(str(loss).lower(), LOSSES)}")
+    check_shapes(plan, hidden, kernel, labels=labels, weights=weights)
+    if weights.size == 0:
+        return jnp.float32(0), jnp.zeros(weights.shape, jnp.float32) if want_nll else None
+    call = _Call(plan, loss, want_nll, (hidden.dtype, kernel.dtype, weights.dtype))
+    return _loss(call, hidden, kernel, labels, weights)
 
 
 def head_loss(
@@ -113,12 +146,16 @@ def head_loss(
     labels: jax.Array,
     weights: jax.Array,
     *,
+    loss: str = "plain",
     chunk: int = 256,
     layout: str = "dv",
     mesh: Mesh | None = None,
     batch_axes: tuple[str, ...] = BATCH_AXES,
 ) -> jax.Array:
-    """sum(weights * nll), the training loss before division by the step's number of targets.
+    """sum(weights * factor * nll), the training loss before division by the step's number of targets.
+
+    loss names the factor, a constant to differentiation, float32 whatever the operands (qtjax/scoring/factors.py cites
+    and compares): "plain" 1; "dft" the label's probability exp(-nll); "eaft" the entropy of the 20 largest logits / 3.
 
     Reverse-mode differentiable once in hidden, kernel and weights: the gradients are formed in the forward pass while
     each chunk's logits exist (three matmuls in all, two when the kernel is not differentiated), so jvp and second
@@ -129,17 +166,35 @@ def head_loss(
       kernel: [D, V], or [V, D] with layout="vd" (a tied embedding as stored, without a transposed copy of it or of its
         gradient).
       labels: int [B, L]; read only where the weight is nonzero; a label outside 0..V-1 there makes the loss NaN.
-      weights: float [B, L]; 0 where a slot is no target (hidden is not read there). Its gradient is the nll where it is
-        nonzero and 0 elsewhere.
+      weights: float [B, L]; 0 where a slot is no target (hidden is not read there). Its gradient is factor * nll where
+        it is nonzero and 0 elsewhere.
+      loss: one of LOSSES.
       chunk: tokens whose logits exist at one time.
       mesh, batch_axes: with a mesh, B is sharded over batch_axes (B must be a multiple of their devices); the kernel is
         gathered, its gradient summed over all devices.
     Returns: float32 scalar, nats; 0 with zero gradients when there is no target. The kernel's gradient is accumulated
       in float32 and returned in the kernel's dtype.
-    Raises: QtjaxError for shapes that do not fit, an unknown layout or mesh axis.
+    Raises: QtjaxError for shapes that do not fit, an unknown loss, layout or mesh axis.
     """
-    plan = make_plan(chunk, layout, mesh, batch_axes)
-    check_shapes(plan, hidden, kernel, labels=labels, weights=weights)
-    if weights.size == 0:
-        return jnp.float32(0)
-    return _loss(plan, (hidden.dtype, kernel.dtype, weights.dtype), hidden, kernel, labels, weights)
+    return _checked(hidden, kernel, labels, weights, loss, False, make_plan(chunk, layout, mesh, batch_axes))[0]
+
+
+def head_loss_and_nll(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array,
+    *,
+    loss: str = "plain",
+    chunk: int = 256,
+    layout: str = "dv",
+    mesh: Mesh | None = None,
+    batch_axes: tuple[str, ...] = BATCH_AXES,
+) -> tuple[jax.Array, jax.Array]:
+    """head_loss and, from the same pass, each target's nll: what jax.value_and_grad(..., has_aux=True) takes.
+
+    Arguments and errors as head_loss. Returns: (head_loss, nll); nll float32 [B, L], nats, unweighted and without the
+    loss's factor, 0 where the weight is 0; nothing flows back through it. On a mesh it is sharded over batch_axes.
+    """
+    total, nll = _checked(hidden, kernel, labels, weights, loss, True, make_plan(chunk, layout, mesh, batch_axes))
+    return total, lax.stop_gradient(nll)

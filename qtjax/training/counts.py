@@ -33,7 +33,7 @@ def choices(decision: Decision | None, counts: dict[str, int]) -> dict[str, Any]
         np.asarray(x) for x in (decision.keep, decision.supplement, decision.quadrant, decision.median_quadrant)
     )
     placed = keep & ~supplement
-    out: dict[str, Any] = {"eligible": int((median > 0).sum()), "kept_samples": int(keep.sum())}
+    out: dict[str, Any] = {"eligible": int(np.asarray(decision.eligible).sum()), "kept_samples": int(keep.sum())}
     out |= {f"kept_q{q}": int((placed & (quadrant == q)).sum()) for q in (2, 3, 4)}
     out["supplement"] = int(supplement.sum())
     out |= {f"supplement_median_q{q}": int((supplement & (median == q)).sum()) for q in (1, 2, 3, 4)}

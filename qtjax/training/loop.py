@@ -21,37 +21,39 @@ from qtjax.parallel import agree_sums, all_rows, local_rows, replicated, rows_on
 from qtjax.training.batch import Microbatch, Prepared, ScoringBatch, microbatches, read_batch, survivors, whole_samples
 from qtjax.training.counts import choices, count
 from qtjax.training.programs import Programs
+from qtjax.training.pruners import EpochPlan, pruners
 from qtjax.training.state import TrainState
-from qtjax.training.step import Decision
+from qtjax.training.step import Decision, Scores, step_key
 from qtjax.tree import Tree
 
-Scores = tuple[jax.Array, jax.Array]  # token nll, entropy
 # Where a step's seconds go.
 CLOCKS = ("score", "pack", "train")
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A batch with its scores and decision launched, maybe not there yet; None without scoring."""
+    """A batch with its scores (() without a scoring pass) and decision (None for full data) launched, maybe not there yet."""
 
     prepared: Prepared
-    scores: Scores | None
+    scores: Scores
     decision: Decision | None
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a step trains on: the survivors packed, and what all hosts together counted."""
+    """What a step trains on: the survivors packed, what all hosts together counted, and the sum of the kept targets' weights."""
 
     scored: Scored
     parts: list[Microbatch]
     counts: dict[str, int]
+    divisor: float
 
 
 class Loop:
     """State and programs of one run.
 
-    Args: shapes: the ladder of global rows per launch; schedule: learning rate by optimizer step.
+    Args: shapes: the ladder of global rows per launch; schedule: learning rate by optimizer step; last: optimizer steps of
+    the run; reference float32 [total]: the data set's nll under a reference model, where a token pruner compares with it.
     """
 
     def __init__(
@@ -67,11 +69,16 @@ class Loop:
         shapes: tuple[int, ...],
         row_length: int,
         schedule: Callable[[int], Any],
+        last: int,
+        reference: np.ndarray | None = None,
     ):
         self.config, self.mesh, self.dataset, self.plan, self.programs = config, mesh, dataset, plan, programs
         self.state, self.frozen, self.shapes, self.row_length, self.schedule = state, frozen, shapes, row_length, schedule
-        self.prunes = config.prune.sample_pruner != "none"
-        self.lag = config.prune.score_lag if self.prunes else 0
+        self.pruners, self.reference = pruners(config.prune), reference
+        self.lag = config.prune.score_lag if self.pruners.scores else 0
+        self.epochs = None
+        if self.pruners.by_epoch:
+            self.epochs = EpochPlan(len(dataset), plan.steps_per_epoch, last, config.prune, config.train.seed)
         self.samples = self._padded(plan.batch_size // plan.process_count)
         self.key = jax.random.key(config.train.seed)
         self._thread = ThreadPoolExecutor(1)
@@ -85,12 +92,12 @@ class Loop:
     def prepare(self, step: int) -> Prepared:
         indices = self.plan.batch(step)
         indices = np.concatenate([indices, np.full(self.samples - len(indices), -1, np.int64)])
-        batch = read_batch(self.dataset, indices, self.config.data.max_length)
-        scoring = self.pack(whole_samples(batch)) if self.prunes else []
+        batch = read_batch(self.dataset, indices, self.config.data.max_length, self.reference)
+        scoring = self.pack(whole_samples(batch)) if self.pruners.scores and not self.pruners.early else []
         return Prepared(batch, scoring)
 
-    def pack(self, samples: list) -> list[Microbatch]:
-        return microbatches(samples, self.shapes, self.row_length, jax.process_count())
+    def pack(self, samples: list, weight: np.ndarray | None = None) -> list[Microbatch]:
+        return microbatches(samples, self.shapes, self.row_length, jax.process_count(), weight)
 
     def _prepared(self, step: int, last: int) -> Prepared:
         """This step's batch, and the next one's on its way; on several hosts packing needs agreement, so it is done here."""
@@ -102,7 +109,7 @@ class Loop:
         return prepared
 
     def token_scores(self, prepared: Prepared) -> Scores:
-        """Token nll and entropy [N, T] of the global batch under the current weights: launched, not waited for.
+        """The pruners' signals [N, T] of the global batch under the current weights: launched, not waited for.
 
         They stay on the device all the way to the decision: by way of the host, the decision could only be launched once
         they are there, behind whatever was launched in the meantime.
@@ -114,30 +121,49 @@ class Loop:
             own = self.programs.score[part.size](self.state.trainable, self.frozen, rows)
             sample = np.where(part.sample < 0, -1, part.sample + first)
             where = rows_on_device(self.mesh, {"sample": sample})["sample"]
-            scores = self.programs.place[part.size](*scores, *own, where, rows["position_ids"])
+            scores = self.programs.place[part.size](scores, own, where, rows["position_ids"])
         return scores
 
-    def decide(self, batch: ScoringBatch, scores: Scores) -> Decision:
+    def decide(self, batch: ScoringBatch, scores: Scores, step: int) -> Decision:
         """Both stages over the global batch; launched, not waited for."""
-        masks = rows_on_device(self.mesh, {"targets": batch.targets, "closing": batch.closing, "valid": batch.valid})
-        return self.programs.decide(*scores, *masks.values())
+        return self.programs.decide(dict(zip(self.pruners.signals, scores)), *self._given(batch, step))
 
-    def score(self, prepared: Prepared) -> Decision:
-        """EU scores of every sample under the current weights, then both stages, over the global batch."""
-        return self.decide(prepared.batch, self.token_scores(prepared))
+    def score(self, prepared: Prepared, step: int) -> Scored:
+        """The scores that the pruners need under the current weights, then both stages, over the global batch."""
+        if not self.pruners.decides:
+            return Scored(prepared, (), None)
+        if self.pruners.early and self.pruners.scores:  # only what is kept need be scored
+            keep = np.asarray(self.programs.choose(*self._given(prepared.batch, step)))
+            own = keep[jax.process_index() * self.samples :][: self.samples]
+            prepared = Prepared(prepared.batch, self.pack(whole_samples(prepared.batch, own)))
+        scores = self.token_scores(prepared) if self.pruners.scores else ()
+        return Scored(prepared, scores, self.decide(prepared.batch, scores, step))
+
+    def _given(self, batch: ScoringBatch, step: int) -> tuple[dict[str, jax.Array], jax.Array]:
+        """What the decision of a step knows beside scores: the batch on the device, and the step's key."""
+        rows = {"targets": batch.targets, "closing": batch.closing, "valid": batch.valid, "index": batch.indices.astype(np.int32)}
+        if self.epochs is not None:
+            rows["planned"] = np.where(batch.valid, self.epochs.at(step)[np.maximum(batch.indices, 0)], np.float32(0))
+        if batch.reference is not None:
+            rows["reference"] = batch.reference
+        key = step_key(self.config.train.seed, step)
+        return rows_on_device(self.mesh, rows), jax.device_put(key, replicated(self.mesh))
 
     def gradients(self, parts: list[Microbatch], step: int) -> tuple[Tree, jax.Array]:
-        """Summed gradients and loss of a step's microbatches."""
+        """Summed gradients and loss of a step's microbatches; InfoBatch learns each sample's loss."""
         gradients, loss = self.programs.zeros()
+        self.trained_nll: list[jax.Array] = []
         for i, part in enumerate(parts):
             key = None
             if self.programs.uses_rng:
                 raw = jax.random.key_data(jax.random.fold_in(jax.random.fold_in(self.key, step), i))
                 key = jax.device_put(raw, replicated(self.mesh))
             rows = rows_on_device(self.mesh, part.rows)
-            gradients, loss = self.programs.accumulate[part.size](
+            gradients, loss, nll = self.programs.accumulate[part.size](
                 self.state.trainable, self.frozen, gradients, loss, rows, key
             )
+            if self.epochs is not None:
+                self.trained_nll.append(nll)
         return gradients, loss
 
     def step(self, step: int, last: int) -> tuple[dict[str, Any], dict[str, np.ndarray] | None]:
@@ -145,7 +171,7 @@ class Loop:
 
         With prune.score_lag 1 the next batch is launched for scoring first, on the weights that this step is about to
         update: the device has its decision before it is done training, and the host packs in the meantime.
-        Returns: (metrics, EU record columns or None without scoring).
+        Returns: (metrics, EU record columns or None for full data).
         Raises QtjaxError when the loss is not finite; the state is then not to be saved.
         """
         clock = _Clock()
@@ -154,13 +180,16 @@ class Loop:
             assert not (self.lag and step), f"step {step + 1}: the scores of the step before are gone"
             chosen = self._choose(self._launch(step, last, clock), clock)
         decision, counts = chosen.scored.decision, chosen.counts
-        _refuse_nan(step, decision)
+        if self.pruners.scores:
+            _refuse_nan(step, decision, self.pruners.early)
         ahead = self._launch(step + 1, last, clock) if self.lag and step + 1 < last else None
         sums = self._train(chosen, step)
         clock.lap("train")
         if ahead:
             self.following = self._choose(ahead, clock)
-        loss, measured = _finite_sums(step, sums, counts["kept_tokens"])
+        loss, measured = _finite_sums(step, sums, chosen.divisor)
+        if self.epochs is not None and sums is not None:
+            self.epochs.record(*self._sample_losses(chosen))
         clock.lap("train")
         metrics = {"step": step + 1, "epoch": step // self.plan.steps_per_epoch, "loss": loss}
         metrics |= {"learning_rate": float(self.schedule(step)), "skipped": int(sums is None)} | measured
@@ -174,23 +203,24 @@ class Loop:
         """The batch of a step, its scoring launched on the weights as they are now."""
         prepared = self._prepared(step, last)
         clock.lap("pack")
-        if not self.prunes:
-            return Scored(prepared, None, None)
-        scores = self.token_scores(prepared)
-        scored = Scored(prepared, scores, self.decide(prepared.batch, scores))
+        scored = self.score(prepared, step)
         clock.lap("score")
         return scored
 
     def _choose(self, scored: Scored, clock: "_Clock") -> Chosen:
         """Waits for the decision and packs its survivors."""
-        batch, tokens = scored.prepared.batch, scored.prepared.batch.targets
-        if scored.decision is not None:
-            tokens = local_rows(self.mesh, jax.block_until_ready(scored.decision).tokens)
+        batch, decision = scored.prepared.batch, scored.decision
+        tokens, weight = batch.targets, None
+        if decision is not None:
+            tokens = local_rows(self.mesh, jax.block_until_ready(decision).tokens)
+            weight = np.asarray(decision.weight)
             clock.lap("score")
-        parts = self.pack(survivors(batch, tokens, self.config.prune))
+        own = None if weight is None else weight[jax.process_index() * self.samples :][: self.samples]
+        parts = self.pack(survivors(batch, tokens, self.config.prune), own)
         counts = agree_sums(count(scored.prepared, tokens, parts))
         clock.lap("pack")
-        return Chosen(scored, parts, counts)
+        divisor = counts["kept_tokens"] if weight is None else float(np.dot(weight.astype(np.float64), np.asarray(decision.kept_tokens)))
+        return Chosen(scored, parts, counts, divisor)
 
     def _train(self, chosen: Chosen, step: int) -> tuple[jax.Array, dict[str, jax.Array]] | None:
         """Launches gradients and update; (summed loss, what `update` measured), or None where there is no target."""
@@ -198,39 +228,60 @@ class Loop:
             self.state = self.programs.skip(self.state)
             return None
         gradients, loss = self.gradients(chosen.parts, step)
-        divisor = jax.device_put(np.float32(chosen.counts["kept_tokens"]), replicated(self.mesh))
+        divisor = jax.device_put(np.float32(chosen.divisor), replicated(self.mesh))
         self.state, measured = self.programs.update(self.state, gradients, divisor)
         return loss, measured
 
-    def pending(self) -> dict[str, jax.Array] | None:
-        """What a checkpoint needs beside the state with prune.score_lag 1: the next batch's token scores, float32 [B, T].
+    def _sample_losses(self, chosen: Chosen) -> tuple[np.ndarray, np.ndarray]:
+        """(index in the data set, -1: none; mean nll float32 in nats) of the samples that this step trained on."""
+        indices = chosen.scored.prepared.batch.indices
+        sums, targets = np.zeros((2, len(indices)))
+        for part, nll in zip(chosen.parts, self.trained_nll):
+            there = part.rows["weights"] > 0
+            owner = part.sample[there]
+            sums += np.bincount(owner, local_rows(self.mesh, nll)[there].astype(np.float64), len(indices))
+            targets += np.bincount(owner, minlength=len(indices))
+        known = targets > 0
+        means = np.where(known, sums / np.maximum(targets, 1), 0).astype(np.float32)
+        return all_rows(np.where(known, indices, -1)), all_rows(means)
 
-        The weights that gave them are gone. Without the padding to the number of devices, so that any mesh can read them.
+    def pending(self) -> dict[str, Any] | None:
+        """What a checkpoint needs beside the state: with prune.score_lag 1 the next batch's signals, float32 [B, T], whose
+        weights are gone (without the padding to the number of devices, so that any mesh can read them); InfoBatch's memory.
         """
-        if self.following is None:
-            return None
-        own = self.plan.batch_size // self.plan.process_count
-        parts = (all_rows(local_rows(self.mesh, each)[:own]) for each in self.following.scored.scores)
-        return {name: jax.device_put(each, replicated(self.mesh)) for name, each in zip(("nll", "entropy"), parts)}
+        out: dict[str, Any] = {}
+        if self.following is not None:
+            own = self.plan.batch_size // self.plan.process_count
+            parts = (all_rows(local_rows(self.mesh, each)[:own]) for each in self.following.scored.scores)
+            out |= dict(zip(self.pruners.signals, parts))
+        if self.epochs is not None:
+            out["epochs"] = self.epochs.tree()
+        return jax.device_put(out, replicated(self.mesh)) if out else None
 
-    def pending_shape(self, step: int, last: int) -> dict[str, jax.ShapeDtypeStruct] | None:
+    def pending_shape(self, step: int, last: int) -> dict[str, Any] | None:
         """What `pending` holds after `step` of `last` steps."""
-        if not self.lag or step >= last:
-            return None
-        shape = (self.plan.batch_size, self.config.data.max_length)
-        return dict.fromkeys(("nll", "entropy"), jax.ShapeDtypeStruct(shape, np.float32, sharding=replicated(self.mesh)))
+        out: dict[str, Any] = {}
+        if self.lag and step < last:
+            out |= dict.fromkeys(self.pruners.signals, np.zeros((self.plan.batch_size, self.config.data.max_length), np.float32))
+        if self.epochs is not None:
+            out["epochs"] = self.epochs.tree()
+        described = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(self.mesh))  # noqa: E731
+        return jax.tree.map(described, out) or None
 
-    def resume(self, step: int, last: int, pending: dict[str, jax.Array] | None) -> None:
+    def resume(self, step: int, last: int, pending: dict[str, Any] | None) -> None:
         """Goes on after `step` steps with what `pending` gave then; `state` is set by the caller."""
-        if pending is None:
+        pending = dict(pending or {})
+        if self.epochs is not None:
+            self.epochs.restore(pending.pop("epochs"))
+        if not pending:
             return
         prepared, clock = self._prepared(step, last), _Clock()
         own = self.plan.batch_size // self.plan.process_count
-        whole = {name: np.zeros(prepared.batch.targets.shape, np.float32) for name in pending}
-        for name, each in pending.items():
-            whole[name][:own] = np.asarray(each)[self.plan.process_index * own :][:own]
-        scores = tuple(rows_on_device(self.mesh, whole)[name] for name in ("nll", "entropy"))
-        self.following = self._choose(Scored(prepared, scores, self.decide(prepared.batch, scores)), clock)
+        whole = {name: np.zeros(prepared.batch.targets.shape, np.float32) for name in self.pruners.signals}
+        for name, each in whole.items():
+            each[:own] = np.asarray(pending[name])[self.plan.process_index * own :][:own]
+        scores = tuple(rows_on_device(self.mesh, whole).values())
+        self.following = self._choose(Scored(prepared, scores, self.decide(prepared.batch, scores, step)), clock)
 
     def _records(self, batch: ScoringBatch, decision: Decision, epoch: int) -> dict[str, Any]:
         """EU record columns of the global batch, padding as row -1."""
@@ -261,19 +312,19 @@ class _Clock:
         self._at = now
 
 
-def _refuse_nan(step: int, decision: Decision | None) -> None:
-    if decision is None:
-        return
-    unusable = (np.asarray(decision.count) > 0) & np.isnan(np.asarray(decision.entropy))
+def _refuse_nan(step: int, decision: Decision, early: bool) -> None:
+    """Raises where a sample was scored and its score is NaN: all that have targets, or of those chosen early the kept ones."""
+    scored = np.asarray(decision.keep if early else decision.count) > 0
+    unusable = scored & np.isnan(np.asarray(decision.entropy))
     if unusable.any():
         raise _diverged(step, f"the scores of {unusable.sum()} samples are NaN")
 
 
-def _finite_sums(step: int, sums: tuple[jax.Array, dict[str, jax.Array]] | None, targets: int) -> tuple[float, dict[str, float]]:
+def _finite_sums(step: int, sums: tuple[jax.Array, dict[str, jax.Array]] | None, divisor: float) -> tuple[float, dict[str, float]]:
     """(mean loss, gradient norm and an overlay's penalty by name), waited for; zeros for a step that was skipped."""
     if sums is None:
         return 0.0, {"grad_norm": 0.0}
-    loss, measured = float(sums[0]) / targets, {name: float(value) for name, value in sums[1].items()}
+    loss, measured = float(sums[0]) / divisor, {name: float(value) for name, value in sums[1].items()}
     if not np.isfinite([loss, *measured.values()]).all():
         raise _diverged(step, f"loss {loss}, gradient norm {measured['grad_norm']}")
     return loss, measured

@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 
 from qtjax.config import PruneSection
 from qtjax.parallel import batch_sharding, replicated
-from qtjax.training.score import score_rows
+from qtjax.training.pruners import Pruners, pruners
+from qtjax.training.score import rated_rows, score_rows
 from qtjax.training.state import Subject, TrainState, state_shardings
-from qtjax.training.step import Decision, accumulate, decide, place, skip, update
+from qtjax.training.step import Decision, accumulate, choose_early, decide, place, skip, update
 from qtjax.tree import Tree
 
 Shapes = Any  # a tree of jax.ShapeDtypeStruct
@@ -27,18 +28,30 @@ def rows_shape(mesh: Mesh, rows: int, length: int) -> dict[str, jax.ShapeDtypeSt
     return {name: jax.ShapeDtypeStruct((rows, length), kind, sharding=sharding) for name, kind in kinds.items()}
 
 
-def _score(subject: Subject, mesh: Mesh, trainable: Tree, frozen: Tree, rows: dict[str, jax.Array]):
+def batch_shape(mesh: Mesh, samples: int, length: int, needs: Pruners) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of what `decide` knows of a scoring batch beside its scores."""
+    by_row = batch_sharding(mesh)
+    kinds = {"targets": bool, "closing": bool} | ({"reference": jnp.float32} if needs.reference else {})
+    out = {name: jax.ShapeDtypeStruct((samples, length), kind, sharding=by_row) for name, kind in kinds.items()}
+    flat = {"valid": bool, "index": jnp.int32} | ({"planned": jnp.float32} if needs.by_epoch else {})
+    return out | {name: jax.ShapeDtypeStruct((samples,), kind, sharding=by_row) for name, kind in flat.items()}
+
+
+def _score(subject: Subject, mesh: Mesh, rater: str, trainable: Tree, frozen: Tree, rows: dict[str, jax.Array]):
     params, overlay = subject.join(trainable, frozen)
-    return score_rows(subject.config, params, overlay, rows | {"loss_mask": rows["weights"] > 0}, mesh, rows["task_ids"])
+    given = (subject.config, params, overlay, rows | {"loss_mask": rows["weights"] > 0})
+    if rater:
+        return rated_rows(*given, rater, mesh, rows["task_ids"])
+    return score_rows(*given, mesh, rows["task_ids"])
 
 
 class Programs:
     """The compiled functions of the loop, by microbatch rows where that varies.
 
-    score[rows](trainable, frozen, rows) -> token nll, entropy [rows, L]
-    unscored() -> token nll, entropy [N, T], all 0;  place[rows](nll, entropy, *scores of rows, sample, slot) -> the two
-    decide(token_nll, token_entropy, targets, closing, valid) -> Decision
-    zeros() -> (gradients, loss);  accumulate[rows](trainable, frozen, gradients, loss, rows, rng) -> (gradients, loss)
+    score[rows](trainable, frozen, rows) -> `Pruners.signals`, each [rows, L]
+    unscored() -> the signals [N, T], all 0;  place[rows](signals, signals of rows, sample, slot) -> signals
+    choose(batch, key) -> bool [N], where samples are chosen without scores;  decide(scores, batch, key) -> Decision
+    zeros() -> (gradients, loss);  accumulate[rows](trainable, frozen, gradients, loss, rows, rng) -> (gradients, loss, nll)
     update(state, gradients, targets) -> (state, metrics);  skip(state) -> state, where there is no target
     """
 
@@ -47,6 +60,7 @@ class Programs:
         subject: Subject,
         mesh: Mesh,
         prune: PruneSection,
+        loss: str,
         optimizer: optax.GradientTransformation,
         state: TrainState,
         frozen: Tree,
@@ -68,31 +82,37 @@ class Programs:
         uses_rng = subject.overlay is not None and subject.overlay.draws
         key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere) if uses_rng else None
         jobs: dict[str, Callable[[], Any]] = {}
+        needs = pruners(prune)
 
         def job(name: str, function: Callable, *arguments: Shapes, **options: Any) -> None:
             jobs[name] = lambda: jax.jit(function, **options).lower(*arguments).compile()
 
         for rows in shapes:
             packed = rows_shape(mesh, rows, row_length)
-            if prune.sample_pruner != "none":
-                job(f"score {rows}", partial(_score, subject, mesh), trainable, frozen, packed, out_shardings=by_row)
+            if needs.scores:
+                scored = partial(_score, subject, mesh, needs.token.rater)
+                job(f"score {rows}", scored, trainable, frozen, packed, out_shardings=by_row)
             job(
-                f"accumulate {rows}", partial(_accumulate, subject, mesh), trainable, frozen, gradients, scalar, packed, key,
-                donate_argnums=(2, 3), out_shardings=(shardings, everywhere),
+                f"accumulate {rows}", partial(_accumulate, subject, mesh, loss), trainable, frozen, gradients, scalar, packed, key,
+                donate_argnums=(2, 3), out_shardings=(shardings, everywhere, by_row),
             )  # fmt: skip
-        if prune.sample_pruner != "none":
-            per_token = [jax.ShapeDtypeStruct((samples, max_length), d, sharding=by_row) for d in (jnp.float32, bool)]
-            job("unscored", lambda: (jnp.zeros((samples, max_length)),) * 2, out_shardings=by_row)
+        real = jax.ShapeDtypeStruct((samples, max_length), jnp.float32, sharding=by_row)
+        signals = (real,) * len(needs.signals)
+        if needs.scores:
+            job("unscored", lambda: tuple(jnp.zeros(x.shape, x.dtype) for x in signals), out_shardings=by_row)
             for rows in shapes:
                 slots = rows_shape(mesh, rows, row_length)
                 job(
-                    f"place {rows}", place, *per_token[:1] * 2, *[slots["weights"]] * 2, *[slots["position_ids"]] * 2,
-                    donate_argnums=(0, 1), out_shardings=by_row,
+                    f"place {rows}", place, signals, (slots["weights"],) * len(signals), slots["position_ids"], slots["position_ids"],
+                    donate_argnums=(0,), out_shardings=by_row,
                 )  # fmt: skip
+        if needs.decides:
+            batch = batch_shape(mesh, samples, max_length, needs)
+            step_key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere)
+            if needs.early and needs.scores:
+                job("choose", partial(choose_early, prune), batch, step_key, out_shardings=everywhere)
             out = Decision(*[everywhere] * len(Decision._fields))._replace(tokens=by_row)
-            valid = jax.ShapeDtypeStruct((samples,), bool, sharding=by_row)
-            real, flag = per_token
-            job("decide", partial(decide, prune), real, real, flag, flag, valid, out_shardings=out)
+            job("decide", partial(decide, prune), dict(zip(needs.signals, signals)), batch, step_key, out_shardings=out)
 
         def zeros() -> tuple[Tree, jax.Array]:
             return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable), jnp.float32(0)
@@ -117,10 +137,10 @@ class Programs:
         self.score = {rows: compiled[f"score {rows}"] for rows in shapes if f"score {rows}" in compiled}
         self.accumulate = {rows: compiled[f"accumulate {rows}"] for rows in shapes}
         self.place = {rows: compiled[f"place {rows}"] for rows in shapes if f"place {rows}" in compiled}
-        self.unscored, self.decide = compiled.get("unscored"), compiled.get("decide")
+        self.unscored, self.choose, self.decide = (compiled.get(name) for name in ("unscored", "choose", "decide"))
         self.zeros, self.update, self.skip = compiled["zeros"], compiled["update"], compiled["skip"]
 
 
-def _accumulate(subject, mesh, trainable, frozen, gradients, loss, rows, key):
+def _accumulate(subject, mesh, loss, trainable, frozen, gradients, total, rows, key):
     rng = None if key is None else jax.random.wrap_key_data(key)
-    return accumulate(subject, mesh, trainable, frozen, gradients, loss, rows, rng)
+    return accumulate(subject, mesh, loss, trainable, frozen, gradients, total, rows, rng)

@@ -32,6 +32,8 @@ from qtjax.training.ladder import ladder
 from qtjax.training.loop import Loop
 from qtjax.training.optimizer import learning_rate_schedule
 from qtjax.training.programs import Programs
+from qtjax.training.pruners import pruners
+from qtjax.training.reference import check_reference, reference_nll
 from qtjax.training.run_folder import RunFolder
 from qtjax.training.setup import Model, check_overlay, checkpoint_tree, from_checkpoint, load_model, start
 from qtjax.tree import Tree
@@ -73,7 +75,10 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     """Loads data and model, compiles every program, restores the newest whole checkpoint and cuts the records back to it."""
     begin = time.perf_counter()
     mesh = make_mesh(config.mesh)
+    needs = pruners(config.prune)
     tokenizer = load_tokenizer(config.model.path)
+    if needs.reference:
+        check_reference(config, tokenizer)
     shape = read_config(resolve_folder(config.model.path))
     _check_fit(config, shape)
     dataset = training_data(config.data, tokenizer)
@@ -86,6 +91,7 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
         len(dataset), config.prune.batch_size, config.train.seed, jax.process_index(), jax.process_count()
     )
     steps = total_steps(config, plan)
+    reference = reference_nll(config, dataset, mesh, folder.path) if needs.reference else None
     model = load_model(config, mesh, steps)
     state, frozen, optimizer = start(config, mesh, model, steps)
     shapes = ladder(config.train.rows, batch_size(mesh), config.train.shapes)
@@ -94,7 +100,7 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     quiet = contextlib.nullcontext(_Silent())  # without a terminal a spinner leaves blank lines
     with console.status("compiling") if console.is_terminal else quiet as status:
         programs = Programs(
-            model.subject, mesh, config.prune, optimizer, state, frozen, shapes=shapes, row_length=row_length,
+            model.subject, mesh, config.prune, config.train.loss, optimizer, state, frozen, shapes=shapes, row_length=row_length,
             samples=samples, max_length=config.data.max_length, on_done=lambda name: status.update(f"compiling: {name} done"),
         )  # fmt: skip
     compiled = time.perf_counter()
@@ -105,7 +111,7 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     )
     loop = Loop(
         config, mesh, dataset, plan, programs, state, frozen, shapes=shapes, row_length=row_length,
-        schedule=learning_rate_schedule(config.train, steps),
+        schedule=learning_rate_schedule(config.train, steps), last=steps, reference=reference,
     )  # fmt: skip
     checkpoints = RunState(folder.checkpoints, config.train.keep_checkpoints)
     step = _resume(loop, steps, checkpoints, folder, dataset, console)
@@ -154,17 +160,9 @@ def check_tasks(config: Config, shape: ModelConfig, dataset: TokenizedDataset) -
         check_task_ids(overlay.tasks, dataset.task_ids, dataset.task_ids.shape)
 
 
-def fingerprint(dataset: TokenizedDataset) -> str:
-    """SHA-256 of ids and targets: a run resumes only on the data it began with."""
-    digest = hashlib.sha256()
-    for array in (dataset.input_ids, dataset.loss_mask, dataset.offsets):
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return digest.hexdigest()
-
-
 def check_data(folder: Path, config: Config, dataset: TokenizedDataset, meta: Mapping[str, Any]) -> None:
     """Raises QtjaxError when `dataset` is not what the run began with; meta: what a checkpoint of it says."""
-    if meta["data"] != fingerprint(dataset):
+    if meta["data"] != dataset.fingerprint:
         raise QtjaxError(
             f"{folder}: data.path = {config.data.path!r} holds other samples than when this run began; put the old"
             " data back, or choose another run.folder"
@@ -206,7 +204,7 @@ def train_steps(session: Session, folder: RunFolder, *, quiet: bool = False) -> 
     """The remaining optimizer steps; records and checkpoints on the way. Raises Interrupted after a clean stop."""
     loop, last = session.loop, session.total_steps
     every = session.config.train.checkpoint_every
-    meta = {"data": fingerprint(session.dataset), "base": base_fingerprint(loop.frozen), "total_steps": last}
+    meta = {"data": session.dataset.fingerprint, "base": base_fingerprint(loop.frozen), "total_steps": last}
     with (
         contextlib.ExitStack() as ending,
         _stop_requested() as stop,
@@ -257,4 +255,4 @@ def _stop_requested() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-__all__ = ["Interrupted", "Session", "check_data", "fingerprint", "open_session", "total_steps", "train_steps"]
+__all__ = ["Interrupted", "Session", "check_data", "open_session", "total_steps", "train_steps"]

@@ -38,12 +38,49 @@ def score_rows(
     Returns: token_nll, token_entropy, float32 [R, L] in nats, at the TARGET position; 0 where it is no target:
       loss_mask False, padding, or the first token of a row or segment.
     """
-    ids = jnp.asarray(rows["input_ids"], jnp.int32)
-    attention_mask, segment_ids = rows.get("attention_mask"), rows.get("segment_ids")
-    targets = scoring.target_mask(rows["loss_mask"], attention_mask, segment_ids)
-    hidden = models.hidden_states(
-        config, params, ids, attention_mask, rows.get("position_ids"), segment_ids, overlay, task_ids
-    )
+    hidden = models.hidden_states(config, params, *_inputs(rows), overlay, task_ids)
+    return _token_scores(config, params, overlay, rows, hidden, mesh, task_ids)
+
+
+def rated_rows(
+    config: ModelConfig,
+    params: Tree,
+    overlay: Any,
+    rows: Mapping[str, Array],
+    rater: str,
+    mesh: Mesh | None = None,
+    task_ids: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """`score_rows` and, in the same forward pass, what an attention-based rater gives every target.
+
+    Args: rater: one of models.RATERS; others as in `score_rows`.
+    Returns: token_nll, token_entropy as `score_rows`; rating float32 [R, L] at the same targets, 0 elsewhere
+      (`models.rated_hidden_states`).
+    """
+    ids, *given = _inputs(rows)
+    hidden, rating = models.rated_hidden_states(config, params, ids, _targets(rows), rater, *given, overlay, task_ids)
+    return *_token_scores(config, params, overlay, rows, hidden, mesh, task_ids), rating
+
+
+def _inputs(rows: Mapping[str, Array]) -> tuple[Array | None, ...]:
+    """What the model reads, in its order."""
+    return jnp.asarray(rows["input_ids"], jnp.int32), *map(rows.get, ("attention_mask", "position_ids", "segment_ids"))
+
+
+def _targets(rows: Mapping[str, Array]) -> Array:
+    return scoring.target_mask(rows["loss_mask"], rows.get("attention_mask"), rows.get("segment_ids"))
+
+
+def _token_scores(
+    config: ModelConfig,
+    params: Tree,
+    overlay: Any,
+    rows: Mapping[str, Array],
+    hidden: Array,
+    mesh: Mesh | None,
+    task_ids: Array | None,
+) -> tuple[Array, Array]:
+    ids, targets = jnp.asarray(rows["input_ids"], jnp.int32), _targets(rows)
     # Slot t-1 of `following` is slot t of `x`. Labels are moved to the hidden states and not the other way round, since
     # they are D times smaller; the wrapped last slot is never a target, because target_mask excludes slot 0.
     following = partial(jnp.roll, shift=-1, axis=1)
@@ -62,8 +99,7 @@ def score_rows(
 @partial(jax.jit, static_argnames=("config", "num_segments", "mesh"))
 def _eu_scores(config, params, overlay, rows, task_ids, num_segments, mesh):
     nll, entropy = score_rows(config, params, overlay, rows, mesh, task_ids)
-    targets = scoring.target_mask(rows["loss_mask"], rows.get("attention_mask"), rows.get("segment_ids"))
-    return scoring.sample_scores(nll, entropy, targets, rows.get("segment_ids"), num_segments)
+    return scoring.sample_scores(nll, entropy, _targets(rows), rows.get("segment_ids"), num_segments)
 
 
 def eu_scores(

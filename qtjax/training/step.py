@@ -14,27 +14,32 @@ from jax.sharding import Mesh
 
 from qtjax import models
 from qtjax.config import PruneSection
-from qtjax.pruning import select_samples, select_tokens, spearman
-from qtjax.scoring import head_loss, sample_scores
+from qtjax.pruning import Candidates, SampleChoice, Targets, choose_tokens, sample_pruner, spearman
+from qtjax.scoring import head_loss_and_nll, sample_scores
 from qtjax.training.optimizer import global_norm, passed
+from qtjax.training.pruners import pruners, token_scope
 from qtjax.training.state import Subject, TrainState
 from qtjax.tree import Tree
 
 Rows = dict[str, Array]
+_PRUNERS = 0x9E3779B9  # apart from the steps' own numbers, from which dropout draws
+Scores = tuple[Array, ...]  # float32 [N, T], by Pruners.signals
 
 
 class Decision(NamedTuple):
     """Stage 1 and 2 for one scoring batch; per-sample arrays [N], `tokens` bool [N, T], scalars.
 
-    perplexity, entropy (nats), count (targets); keep, quadrant (0, 2, 3, 4), median_quadrant (0..4), supplement;
-    tokens: the targets that stay in the loss (none of a dropped sample), kept_tokens their number; level (0-1) and
-    spearman (-1..1).
+    perplexity, entropy (nats), NaN where nothing was scored; count (targets); eligible, keep, weight (factor on the
+    sample's loss), quadrant (0, 2, 3, 4), median_quadrant (0..4), supplement; tokens: the targets that stay in the loss
+    (none of a dropped sample), kept_tokens their number; level (0-1) and spearman (-1..1).
     """
 
     perplexity: Array
     entropy: Array
     count: Array
+    eligible: Array
     keep: Array
+    weight: Array
     quadrant: Array
     median_quadrant: Array
     supplement: Array
@@ -44,44 +49,90 @@ class Decision(NamedTuple):
     spearman: Array
 
 
-def decide(
-    prune: PruneSection, token_nll: Array, token_entropy: Array, targets: Array, closing: Array, valid: Array
-) -> Decision:
-    """Q-Tuning's two stages (arXiv 2509.23873, Algorithm 1 and eq. 7) over the global scoring batch.
+def choose(prune: PruneSection, batch: Rows, key: Array, perplexity: Array, entropy: Array) -> SampleChoice:
+    """Stage 1. `batch` and `key` as in `decide`; perplexity and entropy float32 [N], NaN where nothing was scored."""
+    candidates = Candidates(
+        perplexity, entropy, batch["targets"].sum(axis=1, dtype=jnp.int32), batch["valid"], _draws(key, 0, batch["index"])
+    )
+    options: dict[str, Any] = {"policy": prune.policy, "supplement": prune.supplement}
+    if "planned" in batch:
+        options |= {"planned_keep": batch["planned"] > 0, "planned_weight": batch["planned"]}
+    pruner = sample_pruner(prune.sample_pruner)
+    return pruner.choose(candidates, prune.sample_keep, **{name: options[name] for name in pruner.options})
 
-    Args: token_nll, token_entropy float32 [N, T] in nats; targets, closing bool [N, T]; valid bool [N], False = padding.
+
+def choose_early(prune: PruneSection, batch: Rows, key: Array) -> Array:
+    """bool [N], stage 1 of a sample pruner that needs no scores."""
+    nothing = jnp.full(batch["valid"].shape, jnp.nan)
+    return choose(prune, batch, key, nothing, nothing).keep
+
+
+def decide(prune: PruneSection, scores: dict[str, Array], batch: Rows, key: Array) -> Decision:
+    """Both stages over the global scoring batch: of Q-Tuning arXiv 2509.23873, Algorithm 1 and eq. 7.
+
+    Args:
+      scores: float32 [N, T] by signal: nll and entropy in nats, attention (a rating, high is good) where the token
+        pruner asks for it; {} where neither pruner needs any.
+      batch: targets, closing bool [N, T]; valid bool [N], False = padding; index int32 [N], the sample's place in the
+        data set; planned float32 [N], InfoBatch's weights; reference float32 [N, T], nll under the reference model.
+      key: uint32 [2], the step's own: a sample's draws depend on it and on the sample's index, not on its place.
     """
-    scores = sample_scores(token_nll, token_entropy, targets)
-    choice = select_samples(
-        scores.perplexity, scores.entropy, keep=prune.sample_keep, policy=prune.policy,
-        supplement=prune.supplement, valid=valid,
-    )  # fmt: skip
+    with_scores, targets = pruners(prune), batch["targets"]
+    count = targets.sum(axis=1, dtype=jnp.int32)
+    perplexity = entropy = jnp.full(count.shape, jnp.nan)
+    if with_scores.scores:
+        perplexity, entropy = sample_scores(scores["nll"], scores["entropy"], targets)[:2]
+    if with_scores.early:
+        choice = choose(prune, batch, key, *[jnp.full(count.shape, jnp.nan)] * 2)
+        perplexity, entropy = (jnp.where(choice.keep, each, jnp.nan) for each in (perplexity, entropy))
+    else:
+        choice = choose(prune, batch, key, perplexity, entropy)
     tokens = targets & choice.keep[:, None]
     if prune.token_pruner != "none":
-        chosen = select_tokens(
-            token_nll, targets, keep=prune.token_keep, neighbor_weight=prune.neighbor_weight, neighbors=prune.neighbors,
-            protect=closing if prune.protect_eos else None,
+        scope = token_scope(prune, with_scores.sample.quadrants)
+        pruned = choice.keep & {"q2": choice.quadrant == 2, "q2+q4": choice.quadrant > 0, "kept": choice.keep}[scope]
+        rated = Targets(
+            scores.get("nll", jnp.zeros(targets.shape)), targets & pruned[:, None], _draws(key, 1, batch["index"]),
+            batch.get("reference"), scores.get("attention"),
         )  # fmt: skip
-        tokens &= chosen | (choice.quadrant != 2)[:, None]
+        options = {"neighbor_weight": prune.neighbor_weight, "neighbors": prune.neighbors}
+        chosen = choose_tokens(
+            prune.token_pruner, rated, prune.token_keep, protect=batch["closing"] if prune.protect_eos else None,
+            **{name: options[name] for name in with_scores.token.options},
+        )  # fmt: skip
+        tokens &= chosen | ~pruned[:, None]
     return Decision(
-        scores.perplexity, scores.entropy, scores.count, choice.keep, choice.quadrant, choice.median_quadrant,
-        choice.supplement, tokens, tokens.sum(axis=1), choice.level, spearman(scores.perplexity, scores.entropy, valid),
+        perplexity, entropy, count, choice.eligible, choice.keep, choice.weight, choice.quadrant, choice.median_quadrant,
+        choice.supplement, tokens, tokens.sum(axis=1), choice.level, spearman(perplexity, entropy, batch["valid"]),
     )  # fmt: skip
 
 
-def place(nll: Array, entropy: Array, row_nll: Array, row_entropy: Array, sample: Array, slot: Array) -> tuple[Array, Array]:
-    """Writes token scores of packed rows [R, L] to where their samples have them in nll and entropy [N, T].
+def step_key(seed: int, step: int) -> Array:
+    """uint32 [2], what the pruners of optimizer step number step + 1 draw from."""
+    return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _PRUNERS), step))
+
+
+def _draws(key: Array, stage: int, index: Array) -> Array:
+    own = jax.random.fold_in(jax.random.wrap_key_data(key), stage)
+    return jax.vmap(lambda i: jax.random.fold_in(own, i))(index.astype(jnp.uint32))
+
+
+def place(scores: Scores, row_scores: Scores, sample: Array, slot: Array) -> Scores:
+    """Writes token scores of packed rows [R, L] to where their samples have them in `scores` [N, T].
 
     Args: sample, slot int32 [R, L]: row and column in [N, T], the whole samples' own slots; sample -1: padding, left out.
     """
-    sample = jnp.where(sample < 0, nll.shape[0], sample)  # past the end is dropped; -1 would be the last row
-    return nll.at[sample, slot].set(row_nll, mode="drop"), entropy.at[sample, slot].set(row_entropy, mode="drop")
+    sample = jnp.where(sample < 0, scores[0].shape[0], sample)  # past the end is dropped; -1 would be the last row
+    return tuple(old.at[sample, slot].set(new, mode="drop") for old, new in zip(scores, row_scores))
 
 
-def loss_sum(subject: Subject, mesh: Mesh, trainable: Tree, frozen: Tree, rows: Rows, rng: Array | None) -> Array:
-    """sum(weights * nll) over a packed microbatch, float32 nats.
+def loss_sum(
+    subject: Subject, mesh: Mesh, loss: str, trainable: Tree, frozen: Tree, rows: Rows, rng: Array | None
+) -> tuple[Array, Array]:
+    """(sum(weights * loss) over a packed microbatch, float32; the tokens' plain nll float32 [B, L] at target positions).
 
-    rows: input_ids, position_ids, segment_ids, task_ids int32 [B, L]; weights float32 [B, L] at target positions, 0 in slot 0.
+    loss: train.loss. rows: input_ids, position_ids, segment_ids, task_ids int32 [B, L]; weights float32 [B, L] at target
+    positions, 0 in slot 0.
     """
     params, overlay = subject.join(trainable, frozen)
     hidden = models.hidden_states(
@@ -90,15 +141,20 @@ def loss_sum(subject: Subject, mesh: Mesh, trainable: Tree, frozen: Tree, rows: 
     )  # fmt: skip
     labels, weights = (jnp.roll(rows[name], -1, axis=1) for name in ("input_ids", "weights"))
     hidden, kernel, layout = models.readout(subject.config, params, hidden, overlay, rows["task_ids"], rng)
-    return head_loss(hidden, kernel, labels, weights, layout=layout, mesh=mesh)
+    total, nll = head_loss_and_nll(hidden, kernel, labels, weights, loss=loss, layout=layout, mesh=mesh)
+    return total, jnp.roll(nll, 1, axis=1)
 
 
 def accumulate(
-    subject: Subject, mesh: Mesh, trainable: Tree, frozen: Tree, gradients: Tree, loss: Array, rows: Rows, rng: Array | None
-) -> tuple[Tree, Array]:
-    """Adds one microbatch's gradient (float32) and loss sum; nothing is divided until the whole step is known."""
-    value, gradient = jax.value_and_grad(lambda t: loss_sum(subject, mesh, t, frozen, rows, rng))(trainable)
-    return jax.tree.map(lambda total, g: total + g.astype(total.dtype), gradients, gradient), loss + value
+    subject: Subject, mesh: Mesh, loss: str, trainable: Tree, frozen: Tree, gradients: Tree, total: Array, rows: Rows, rng: Array | None
+) -> tuple[Tree, Array, Array]:
+    """Adds one microbatch's gradient (float32) and loss sum; nothing is divided until the whole step is known.
+
+    Returns: (gradients, total, the tokens' nll [B, L] as `loss_sum` gives it).
+    """
+    run = jax.value_and_grad(lambda t: loss_sum(subject, mesh, loss, t, frozen, rows, rng), has_aux=True)
+    (value, nll), gradient = run(trainable)
+    return jax.tree.map(lambda old, g: old + g.astype(old.dtype), gradients, gradient), total + value, nll
 
 
 def update(

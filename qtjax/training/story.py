@@ -13,7 +13,7 @@ from rich.console import Console
 from qtjax import evals
 from qtjax.atomic import write_atomic, write_json
 from qtjax.checkpoints import save_adapter, save_pretrained
-from qtjax.config import Config
+from qtjax.config import Config, PruneSection
 from qtjax.data.prepare import training_rows
 from qtjax.errors import QtjaxError
 from qtjax.overlays import Overlay, method_named
@@ -151,7 +151,7 @@ def _evaluation(held_out: evals.HeldOut | None, base: Mapping[str, Any], after: 
 def _speed_up(session: Session, seconds: Mapping[str, float]) -> dict[str, Any] | None:
     """Seconds of full-data training on the same samples and steps, measured now, over the run's own."""
     timed = session.config.train.compare_full_data
-    if not timed or not session.loop.prunes:
+    if not timed or not session.loop.pruners.decides:
         return None
     full = time_full_data(session.loop, timed, session.total_steps)
     own = sum(seconds[name] for name in ("scoring", "packing", "training"))
@@ -166,7 +166,7 @@ def _speed_up(session: Session, seconds: Mapping[str, float]) -> dict[str, Any] 
 def _provenance(session: Session, folder: RunFolder) -> dict[str, dict[str, int]] | None:
     """Rows seen and kept by what the data say of how each came about; None if they say nothing."""
     rows = training_rows(session.config.data)
-    if not len(rows) or "provenance" not in rows[0] or not session.loop.prunes:
+    if not len(rows) or "provenance" not in rows[0] or not session.loop.pruners.decides:
         return None
     origin = {int(index): rows[i]["provenance"] for i, index in enumerate(rows.index)}
     folder.flush()
@@ -189,12 +189,22 @@ def _wall_clock(folder: RunFolder, begin: float) -> float:
     return now - begin + earlier
 
 
+def describe(prune: PruneSection) -> str:
+    """The two pruners in a few words: "Q-Tuning 25 % x 50 %", "random 25 % x perplexity 50 %", "full data"."""
+    names = prune.sample_pruner, prune.token_pruner
+    if names == ("none", "none"):
+        return "full data"
+    sample, token = (f"{100 * keep:g} %" for keep in (prune.sample_keep, prune.token_keep))
+    if names == ("q-tuning", "q-tuning"):
+        return f"Q-Tuning {sample} x {token}"
+    of_samples = names[0] if names[0] in ("none", "infobatch") else f"{names[0]} {sample}"
+    return f"{of_samples} x {names[1]}" + ("" if names[1] == "none" else f" {token}")
+
+
 def _title(config: Config) -> str:
     name = config.model.path.rstrip("/").split("/")[-1]
     data = config.data.path.rstrip("/").split("/")[-1]
-    how = "full data" if config.prune.sample_pruner == "none" else (
-        f"Q-Tuning {100 * config.prune.sample_keep:g} % x {100 * config.prune.token_keep:g} %"
-    )  # fmt: skip
+    how = describe(config.prune)
     method = "" if config.overlay.method == "none" else f", {config.overlay.method}"
     return f"{name} on {data}, {how}{method}"
 

@@ -49,7 +49,7 @@ def step(config, params, overlay, state: TrainState, number) -> TrainState:
     rng = jax.random.fold_in(jax.random.key(3), number) if overlay.draws else None
     zeros = jax.tree.map(jnp.zeros_like, state.trainable)
     frozen = subject.split(params)[1]
-    gradients, _ = accumulate(subject, mesh, state.trainable, frozen, zeros, jnp.float32(0), rows, rng)
+    gradients, _, _ = accumulate(subject, mesh, "plain", state.trainable, frozen, zeros, jnp.float32(0), rows, rng)
     return update(subject, _optimizer(subject), state, gradients, jnp.float32(rows["weights"][:, 1:].sum()))[0]
 
 

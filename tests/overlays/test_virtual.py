@@ -164,7 +164,7 @@ def test_scores_and_the_training_loss_see_the_virtual_tokens(method):
     rows = {"input_ids": PACKED, "position_ids": POSITIONS, "segment_ids": SEGMENTS, "weights": weights, "task_ids": 0 * PACKED}
     rows = {name: jnp.asarray(array) for name, array in rows.items()}
     trainable, frozen = subject.split(params)
-    loss = jax.jit(jax.value_and_grad(lambda t: loss_sum(subject, mesh, t, frozen, rows, None)))
+    loss = jax.jit(jax.value_and_grad(lambda t: loss_sum(subject, mesh, "plain", t, frozen, rows, None)[0]))
     value, gradient = loss(trainable)
     np.testing.assert_allclose(value, (nll * targets).sum(), rtol=1e-5)
     assert jax.tree.structure(gradient) == jax.tree.structure(trainable)

@@ -74,7 +74,7 @@ def test_cutting_after_the_last_kept_target_changes_no_gradient(opened):
     session = opened()
     loop = session.loop
     prepared = loop.prepare(0)
-    tokens = np.asarray(loop.score(prepared).tokens)
+    tokens = np.asarray(loop.score(prepared, 0).decision.tokens)
     assert 0 < tokens.sum() < prepared.batch.targets.sum()
     expected, gradient = jax.value_and_grad(
         lambda p: naive_loss_sum(session.model.config, p, prepared.batch, tokens.astype(np.float32))
@@ -88,7 +88,7 @@ def test_cutting_after_the_last_kept_target_changes_no_gradient(opened):
 
 def test_a_full_data_step_is_the_textbook_adamw_step(opened):
     """Without pruning one step equals optax.adamw on the clipped mean gradient of the plain batch."""
-    session = opened(**{"prune.sample_pruner": "none", "train.warmup_fraction": 0.0, "train.weight_decay": 0.1})
+    session = opened(**{"prune.sample_pruner": "none", "prune.token_pruner": "none", "train.warmup_fraction": 0.0, "train.weight_decay": 0.1})
     loop, start = session.loop, jax.tree.map(jnp.copy, session.loop.state.trainable)
     batch = loop.prepare(0).batch
     weights = batch.targets.astype(np.float32)
@@ -148,7 +148,7 @@ def test_drop_mode_trains_on_shorter_sequences(opened):
     session = opened(**{"prune.token_keep": 0.3, "prune.sample_keep": 1.0})
     loop = session.loop
     prepared = loop.prepare(0)
-    tokens = np.asarray(loop.score(prepared).tokens)
+    tokens = np.asarray(loop.score(prepared, 0).decision.tokens)
     dropped = session.config.prune.__class__(mode="drop")
     mask = sum(p.tokens for p in loop.pack(survivors(prepared.batch, tokens, session.config.prune)))
     parts = microbatches(survivors(prepared.batch, tokens, dropped), loop.shapes, loop.row_length, 1)
@@ -173,7 +173,7 @@ def test_dropout_reaches_the_step(opened):
     """lora_dropout changes a step's gradient, and the same seed gives the same one again."""
     norms = []
     for rate, folder in ((0.0, "a"), (0.5, "b"), (0.5, "c")):
-        flags = {"overlay.method": "lora", "overlay.lora_dropout": rate, "prune.sample_pruner": "none"}
+        flags = {"overlay.method": "lora", "overlay.lora_dropout": rate, "prune.sample_pruner": "none", "prune.token_pruner": "none"}
         session = opened(**flags, **{"run.folder": f"{opened.root}/{folder}"})
         norms.append(session.loop.step(0, session.total_steps)[0]["grad_norm"])
     assert norms[0] != pytest.approx(norms[1], rel=1e-3) and norms[1] == norms[2]
@@ -206,7 +206,7 @@ def test_a_diverged_loss_stops_with_step_and_remedy(opened):
 
 def test_a_step_without_targets_is_skipped_and_counted(opened):
     """No kept target: the parameters stay as they are, and the step says skipped = 1."""
-    session = opened(**{"prune.sample_pruner": "none"})
+    session = opened(**{"prune.sample_pruner": "none", "prune.token_pruner": "none"})
     loop = session.loop
     before = jax.tree.map(np.asarray, loop.state.trainable)
     prepared = loop.prepare(0)

@@ -149,7 +149,7 @@ def test_every_method_trains_under_full_data(config_of, tmp_path, monkeypatch, t
     For methods that keep something of their own (averages and masks, a projection, an encoder, tasks by a column) a run
     that crashed between the two steps ends bitwise the same.
     """
-    own = {"prune.sample_pruner": "none", "data.eval_fraction": 0.0, "train.max_steps": 2, "train.checkpoint_every": 1}
+    own = {"prune.sample_pruner": "none", "prune.token_pruner": "none", "data.eval_fraction": 0.0, "train.max_steps": 2, "train.checkpoint_every": 1}
     if method == "adalora":
         own["overlay.fields"] = "init_r=4 target_r=2"  # two steps leave no room for tinit and tfinal
     if method == "diffprune":

@@ -1,11 +1,17 @@
 """eu_scores equals a plain log-softmax over full logits, however the samples are padded or packed."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
-from qtjax import models
-from qtjax.training.score import eu_scores, score_rows
+from qtjax import models, scoring
+from qtjax.training.score import eu_scores, rated_rows, score_rows
 
 CONFIG = models.ModelConfig(
     vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -118,3 +124,37 @@ def test_score_rows_never_forms_logits(params):
     assert "[4,96,16]" in program
     for shape in ("4,96,61", "384,61", "61,384"):
         assert f"[{shape}]" not in program
+
+
+def test_rated_rows_are_score_rows_and_a_rating(params, samples):
+    """The scores are bitwise those of score_rows; the rating is the model's at the same targets."""
+    rows, rater = packed(samples), "sparsevlm"
+    nll, entropy = jax.jit(lambda p, r: score_rows(CONFIG, p, None, r))(params, rows)
+    own_nll, own_entropy, rating = jax.jit(lambda p, r: rated_rows(CONFIG, p, None, r, rater))(params, rows)
+    np.testing.assert_array_equal(own_nll, nll)
+    np.testing.assert_array_equal(own_entropy, entropy)
+    targets = scoring.target_mask(rows["loss_mask"], segment_ids=rows["segment_ids"])
+    given = (rows["input_ids"], targets, rater, None, rows["position_ids"], rows["segment_ids"])
+    wanted = jax.jit(models.rated_hidden_states, static_argnums=(0, 4))(CONFIG, params, *given)[1]
+    np.testing.assert_allclose(rating, wanted, rtol=1e-5)
+    np.testing.assert_array_equal(np.asarray(rating) > 0, targets)
+
+
+@pytest.mark.slow
+def test_rated_rows_on_eight_devices():
+    """Scores and ratings with data x fsdp x tensor = 2 x 2 x 2 are those of one device; no array is gathered whole."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.training.eight_devices"],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    out = json.loads(done.stdout.splitlines()[-1])
+    assert set(out) == set(models.RATERS)
+    for found in out.values():
+        np.testing.assert_allclose(found["mesh"], found["one"], rtol=1e-4, atol=1e-6)
+        assert found["gathered"] == []

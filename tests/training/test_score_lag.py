@@ -32,10 +32,10 @@ def test_a_step_is_decided_by_the_weights_before_the_last_update(opened, monkeyp
     session = opened(**LAG)
     loop, last = session.loop, session.total_steps
     trained, changed = watch(loop, monkeypatch), 0
-    lagged = loop.score(loop.prepare(0))
+    lagged = loop.score(loop.prepare(0), 0).decision
     for step in range(last):
-        exact = loop.score(loop.prepare(step))
-        ahead = loop.score(loop.prepare(step + 1)) if step + 1 < last else None
+        exact = loop.score(loop.prepare(step), step).decision
+        ahead = loop.score(loop.prepare(step + 1), step + 1).decision if step + 1 < last else None
         _, records = loop.step(step, last)
         for name in ("keep", "quadrant", "kept_tokens", "perplexity"):
             np.testing.assert_array_equal(records[name], np.asarray(getattr(lagged, name)), err_msg=name)
@@ -89,6 +89,6 @@ def test_the_clocks_add_up_to_the_step(opened):
 
 def test_full_data_has_nothing_to_lag(opened):
     """Without scoring the option changes nothing and adds nothing to a checkpoint."""
-    session = opened(**LAG, **{"prune.sample_pruner": "none"})
+    session = opened(**LAG, **{"prune.sample_pruner": "none", "prune.token_pruner": "none"})
     session.loop.step(0, session.total_steps)
     assert session.loop.pending() is None and session.loop.pending_shape(1, session.total_steps) is None
