@@ -46,7 +46,8 @@ class DiffPruneFields(Targeted):
     200). project_at: when that happens, as a fraction of total_step, the optimizer steps of the run. sparsity_weight: nats
     for each gate that is expected open, a sum over all of them, so that it goes down as targets grow; 0 leaves all to the
     projection. lower < 0 and upper > 1: the stretch of the gates. alpha_init: alpha at the start. alpha_rate: learning rate
-    of alpha over that of delta (the authors' 0.1 at a rate of 1e-4).
+    of alpha over that of delta (the authors' 0.1 at a rate of 1e-4): lower it where the learning rate is higher, since steps of
+    1 and more close every gate before any difference has grown.
     """
 
     target_modules: Names = setting(("q_proj", "v_proj"), "targets")

@@ -125,7 +125,11 @@ def _held_out(summary: Mapping[str, Any]) -> Block | None:
     note = f"{evaluation['samples']:,} held-out samples" if evaluation.get("samples") else ""
     if note and evaluation.get("generated"):
         note += f", {evaluation['generated']:,} of them answered for exact match"
-    return Block("Held-out data", ("", *(name for name, _ in named)), rows, note + "." if note else "")
+    notes = [note + "."] if note else []
+    losses = [evaluation[key]["loss"] for key in ("base", "after") if evaluation.get(key)]
+    if len(losses) == 2 and losses[0] == losses[1]:
+        notes.append("NOTHING WAS LEARNED: the loss is the base's to the last bit. Try other learning rates or overlay settings.")
+    return Block("Held-out data", ("", *(name for name, _ in named)), rows, " ".join(notes))
 
 
 def _calibration(summary: Mapping[str, Any]) -> Block | None:

@@ -127,3 +127,11 @@ def test_markdown_is_tables_with_the_same_cells():
 def test_a_summary_survives_json():
     """The summary read back from JSON prints the same."""
     assert plain(json.loads(json.dumps(SUMMARY))) == plain(SUMMARY)
+
+
+def test_a_run_that_changed_nothing_says_so():
+    """A loss equal to the base's to the last bit is said in words; the least difference is not."""
+    same = copy.deepcopy(SUMMARY)
+    assert "NOTHING WAS LEARNED" not in plain(same)
+    same["evaluation"]["after"]["loss"] = same["evaluation"]["base"]["loss"]
+    assert "NOTHING WAS LEARNED" in plain(same)
