@@ -132,6 +132,6 @@ def test_a_summary_survives_json():
 def test_a_run_that_changed_nothing_says_so():
     """A loss equal to the base's to the last bit is said in words; the least difference is not."""
     same = copy.deepcopy(SUMMARY)
-    assert "NOTHING WAS LEARNED" not in plain(same)
+    assert "NOTHING WAS LEARNED" not in " ".join(plain(same).split())
     same["evaluation"]["after"]["loss"] = same["evaluation"]["base"]["loss"]
-    assert "NOTHING WAS LEARNED" in plain(same)
+    assert "NOTHING WAS LEARNED" in " ".join(plain(same).split())
