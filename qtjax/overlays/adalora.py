@@ -14,7 +14,6 @@ is written as tinit + tfinal + 1, the least that PEFT takes, and read back as 0.
 """
 
 import functools
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,19 +25,15 @@ from jax import Array
 
 from qtjax.errors import QtjaxError, near_names
 from qtjax.models import Edits, LinearEdit
+from qtjax.overlays import lora
 from qtjax.overlays.base import Base, Context, Method
 from qtjax.overlays.fields import Targeted, read_fields, require, setting, to_peft
 from qtjax.overlays.leaves import Leaf, abstract, column, normal, tensors, transposed, trees, zeros
-from qtjax.overlays.sites import Spec, claims, linears_of, needs, resolve_sites
+from qtjax.overlays.sites import Spec, claims, layer_keys, linears_of, needs, resolve_sites
 from qtjax.tree import Tree, flatten, unflatten
 
-# Fields of PEFT's AdaLoraConfig (peft 0.21) that must be off; alpha_pattern and use_rslora PEFT itself takes without effect.
-_INERT: dict[str, tuple[Any, ...]] = {
-    "lora_bias": (False, None), "use_dora": (False, None), "use_qalora": (False, None), "use_bdlora": (False, None),
-    "use_rslora": (False, None), "alpha_pattern": ({}, None), "ensure_weight_tying": (False, None),
-    "layer_replication": (None, []), "trainable_token_indices": (None, [], {}), "target_parameters": (None, []),
-    "alora_invocation_tokens": (None, []), "loftq_config": (None, {}), "megatron_config": (None, {}),
-}  # fmt: skip
+# Beside LoRA's; alpha_pattern and use_rslora PEFT itself takes without effect.
+_INERT = lora.INERT | {"use_rslora": (False, None), "alpha_pattern": ({}, None)}
 _FACTORS = ("lora_A", "lora_B", "lora_E")
 
 
@@ -151,7 +146,7 @@ def _expand(spec: AdaLoraSpec, params: Tree, frozen: Tree, context: Context) -> 
         down, up, values = (flat[f"{linear.path}/{name}"] for name in _FACTORS)
         keys = None
         if context.rng is not None and rate > 0:
-            keys = jax.random.split(jax.random.fold_in(context.rng, zlib.crc32(linear.path.encode())), linear.layers)
+            keys = layer_keys(context.rng, linear)
         mid = values * spec.factor
         edits[f"{linear.path}/edit"] = LinearEdit(down=down, up=up, mid=mid, dropout_key=keys, dropout_rate=rate)
     return Edits(unflatten(edits))

@@ -20,7 +20,7 @@ from jax import Array
 
 from qtjax.models import Edits, LinearEdit
 from qtjax.overlays.base import Base, Context, Method
-from qtjax.overlays.fields import Targeted, read_fields, require, setting, to_peft
+from qtjax.overlays.fields import OFF, Targeted, read_fields, require, setting, to_peft
 from qtjax.overlays.leaves import Leaf, column, filled, normal, zeros
 from qtjax.overlays.rotations import cayley, dropped, rotate_blocks
 from qtjax.overlays.sites import Site, Spec, claims, linears_of, needs, resolve_sites
@@ -129,8 +129,7 @@ def _expand(spec: Spec, params: Tree, frozen: Tree, context: Context) -> Edits:
 
 
 def _to_peft(spec: Spec) -> dict[str, Any]:
-    off = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "layers_pattern": None}
-    return {"peft_type": "BOFT", **to_peft(spec.fields), **off}
+    return {"peft_type": "BOFT", **to_peft(spec.fields), **OFF}
 
 
 METHOD = Method(

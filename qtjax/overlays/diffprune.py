@@ -13,7 +13,6 @@ total_step = 0 leaves the schedule to the run, which knows its length; `after_st
 Not in PEFT: our own file of trainables, and `sparse_delta`, the few values by which the model differs.
 """
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,7 @@ from qtjax.models import Edits, LinearEdit
 from qtjax.overlays.base import Base, Context, Method, Overlay
 from qtjax.overlays.fields import Targeted, read_fields, require, setting, to_peft
 from qtjax.overlays.leaves import Leaf, filled, transposed, zeros
-from qtjax.overlays.sites import Spec, claims, linears_of, needs, resolve_sites
+from qtjax.overlays.sites import Spec, claims, layer_keys, linears_of, needs, resolve_sites
 from qtjax.overlays.targets import Names
 from qtjax.tree import Tree, flatten, unflatten
 
@@ -118,7 +117,7 @@ def _expand(spec: Spec, params: Tree, frozen: Tree, context: Context) -> Edits:
     for linear in spec.linears:
         parts = [flat[f"{linear.path}/{name}"] for name in _PARTS]
         if context.rng is not None:
-            parts.append(jax.random.split(jax.random.fold_in(context.rng, zlib.crc32(linear.path.encode())), linear.layers))
+            parts.append(layer_keys(context.rng, linear))
         edits[f"{linear.path}/edit"] = LinearEdit(delta=Partial(gate, *parts))
     return Edits(unflatten(edits))
 

@@ -24,6 +24,9 @@ INERT: dict[str, tuple[Any, ...]] = {
     "layers_pattern": (None, "", [], "layers", ["layers"]),
 }
 
+# What a config of PEFT's says of the fields that are off here, in the configs that have all four.
+OFF: dict[str, Any] = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "layers_pattern": None}
+
 
 def _integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

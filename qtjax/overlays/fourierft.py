@@ -22,7 +22,7 @@ from jax.tree_util import Partial
 from qtjax.errors import QtjaxError, near_names
 from qtjax.models import Edits, LinearEdit
 from qtjax.overlays.base import Base, Context, Method
-from qtjax.overlays.fields import Targeted, read_fields, setting, to_peft
+from qtjax.overlays.fields import OFF, Targeted, read_fields, setting, to_peft
 from qtjax.overlays.leaves import Leaf, normal, zeros
 from qtjax.overlays.sites import Site, Spec, claims, linears_of, needs, resolve_sites
 from qtjax.overlays.targets import Linear
@@ -138,8 +138,7 @@ def _expand(spec: Spec, params: Tree, frozen: Tree, context: Context) -> Edits:
 
 
 def _to_peft(spec: Spec) -> dict[str, Any]:
-    off = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "layers_pattern": None}
-    return {"peft_type": "FOURIERFT", **to_peft(spec.fields), **off}
+    return {"peft_type": "FOURIERFT", **to_peft(spec.fields), **OFF}
 
 
 METHOD = Method(

@@ -35,7 +35,7 @@ from qtjax.overlays.targets import End, Linear, check_patterns, pattern_value
 from qtjax.tree import Tree, flatten, unflatten
 
 # Fields of LoraConfig (peft 0.21) whose only supported values are listed; they are checked, never ignored.
-_INERT: dict[str, tuple[Any, ...]] = {
+INERT: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "use_dora": (False, None),
     "use_qalora": (False, None),
@@ -160,7 +160,7 @@ def read_lora(
     if not strict:
         needs(fields, "r", "lora_alpha", "target_modules", method="LoRA")
         fields = {name: value for name, value in fields.items() if name != "initial_factors"}
-    inert = _INERT | {"use_dora": (use_dora, None)}
+    inert = INERT | {"use_dora": (use_dora, None)}
     descriptive = ("megatron_core", "qalora_group_size")
     settings = read_fields(method, LoraFields, fields, base.linears, inert=inert, descriptive=descriptive)
     if isinstance(settings.modules_to_save, str):

@@ -22,7 +22,7 @@ from jax import Array
 from qtjax.errors import QtjaxError
 from qtjax.models import Edits, LinearEdit
 from qtjax.overlays.base import Base, Context, Method
-from qtjax.overlays.fields import Targeted, read_fields, require, setting, to_peft
+from qtjax.overlays.fields import OFF, Targeted, read_fields, require, setting, to_peft
 from qtjax.overlays.leaves import Leaf, normal, zeros
 from qtjax.overlays.rotations import cayley, cayley_neumann, dropped, rotate_blocks, skew
 from qtjax.overlays.sites import Site, Spec, claims, linears_of, needs, resolve_sites
@@ -152,8 +152,7 @@ def _after_step(spec: OftSpec, params: Tree, state: Tree, gradients: Tree | None
 
 
 def _to_peft(spec: OftSpec) -> dict[str, Any]:
-    off = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "layers_pattern": None}
-    return {"peft_type": "OFT", "peft_version": _SERIES_OF, **to_peft(spec.fields), **off}
+    return {"peft_type": "OFT", "peft_version": _SERIES_OF, **to_peft(spec.fields), **OFF}
 
 
 METHOD = Method(

@@ -22,7 +22,7 @@ from qtjax.errors import QtjaxError
 from qtjax.models import Edits, LinearEdit
 from qtjax.overlays import leaves as table
 from qtjax.overlays.base import Base, Context, Method
-from qtjax.overlays.fields import Targeted, read_fields, require, setting, to_peft
+from qtjax.overlays.fields import OFF, Targeted, read_fields, require, setting, to_peft
 from qtjax.overlays.leaves import Leaf, normal, uniform
 from qtjax.overlays.sites import Spec, claims, layer_keys, linears_of, needs, resolve_sites
 from qtjax.tree import Tree, flatten, unflatten
@@ -143,8 +143,7 @@ def _from_file(spec: Spec, found: Mapping[str, Any]) -> tuple[Spec, Tree, Tree]:
 
 
 def _to_peft(spec: Spec) -> dict[str, Any]:
-    off = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "layers_pattern": None}
-    return {"peft_type": "VBLORA", **to_peft(spec.fields), **off}
+    return {"peft_type": "VBLORA", **to_peft(spec.fields), **OFF}
 
 
 METHOD = Method(

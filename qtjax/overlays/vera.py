@@ -18,7 +18,7 @@ from jax import Array
 
 from qtjax.models import Edits, LinearEdit
 from qtjax.overlays.base import Base, Context, Method
-from qtjax.overlays.fields import Targeted, read_fields, require, setting, to_peft
+from qtjax.overlays.fields import OFF, Targeted, read_fields, require, setting, to_peft
 from qtjax.overlays.leaves import Init, Leaf, filled, normal, transposed, zeros
 from qtjax.overlays.sites import Spec, claims, layer_keys, linears_of, needs, resolve_sites
 from qtjax.overlays.torch_random import generator, uniform
@@ -94,8 +94,7 @@ def _expand(spec: Spec, params: Tree, frozen: Tree, context: Context) -> Edits:
 def _to_peft(spec: Spec) -> dict[str, Any]:
     fields = to_peft(spec.fields)
     del fields["exclude_modules"]
-    off = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "layers_pattern": None}
-    return {"peft_type": "VERA", **fields, **off}
+    return {"peft_type": "VERA", **fields, **OFF}
 
 
 METHOD = Method(
