@@ -71,7 +71,7 @@ def _train(config: Config, folder: RunFolder, console: Console, begin: float, qu
     }  # fmt: skip
     summary["calibration"] = calibration
     summary["trained_values"] = count_parameters(params) if overlay is None else overlay.trainable_count
-    summary["provenance"] = _provenance(session, folder)
+    summary["provenance"] = provenance(session, folder)
     summary["model_folder"] = str(folder.model) if config.run.export else None
     summary["seconds"]["total"] = _wall_clock(folder, begin)
     if folder.writes:
@@ -163,7 +163,7 @@ def _speed_up(session: Session, seconds: Mapping[str, float]) -> dict[str, Any] 
     }
 
 
-def _provenance(session: Session, folder: RunFolder) -> dict[str, dict[str, int]] | None:
+def provenance(session: Session, folder: RunFolder) -> dict[str, dict[str, int]] | None:
     """Rows seen and kept by what the data say of how each came about; None if they say nothing."""
     rows = training_rows(session.config.data)
     if not len(rows) or "provenance" not in rows[0] or not session.loop.pruners.decides:
@@ -209,4 +209,4 @@ def _title(config: Config) -> str:
     return f"{name} on {data}, {how}{method}"
 
 
-__all__ = ["export", "run"]
+__all__ = ["describe", "export", "provenance", "run"]
