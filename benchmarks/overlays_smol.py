@@ -30,7 +30,7 @@ RATES = {
 RATE = 5e-3
 SETTINGS = {
     "adalora": "init_r=12 target_r=8 tinit=10 tfinal=30 deltaT=5", "oft": "oft_block_size=16", "boft": "boft_block_size=8", "vera": "r=64",
-    "fourierft": "n_frequency=512", "vblora": "num_vectors=64 vector_length=32 r=8", "houlsby": "bottleneck=16", "prompt": "num_virtual_tokens=16",
+    "fourierft": "n_frequency=512 init_weights=true", "vblora": "num_vectors=64 vector_length=32 r=8", "houlsby": "bottleneck=16", "prompt": "num_virtual_tokens=16",
     "ptuning": "num_virtual_tokens=16 encoder_hidden_size=128", "mpt": "num_virtual_tokens=16", "prefix": "num_virtual_tokens=16",
     "llama_adapter": "adapter_len=16 adapter_layers=4", "diffprune": "target_modules=all-linear kept_fraction=0.05 alpha_rate=50",
 }  # fmt: skip

@@ -100,8 +100,8 @@ class PruneSection:
 class OverlaySection:
     method: str = knob("none", "'none': full-parameter training; or an overlay: lora, dora, ia3, prefix, ...; 'lora+ln_tuning' stacks")
     path: str = knob("", "adapter folder (PEFT's or qtjax's) to go on from, with its own settings; empty: a fresh one")
-    r: int = knob(0, "rank; 0: the method's own default (lora 8)", rule=">=0")
-    lora_alpha: float = knob(0.0, "scale is lora_alpha / r; 0: the method's own default (lora 16)", rule=">=0")
+    r: int = knob(-1, "rank; -1: the method's own default (lora 8)", rule="-1 or >0")
+    lora_alpha: float = knob(-1.0, "scale is lora_alpha / r; -1: the method's own default (lora 16)", rule="-1 or >0")
     lora_dropout: float = knob(0.0, "dropout fraction [0-1) on the side path's input", rule="[0,1)")
     target_modules: str = knob("", "'all-linear', comma-separated module names, or one regex; empty: the method's own default")
     fields: str = knob("", "the method's other settings by PEFT's names: 'init_r=12 target_r=8 coft=true', values in JSON")

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import jax
 
-    from qtjax.checkpoints import save_adapter, save_pretrained, save_sparse_delta
+    from qtjax.checkpoints import base_name, save_adapter, save_pretrained, save_sparse_delta
     from qtjax.overlays import merge
     from qtjax.training.restore import load_run
     from qtjax.training.story import save_template
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"difference from {run.model.path} written to {Path(own['out']) / SPARSE}")
         return
     if adapter:
-        save_adapter(own["out"], overlay, run.model.path)
+        save_adapter(own["out"], overlay, base_name(run.model.path))
         print(f"adapter over {run.model.path} written to {own['out']}")
         return
     if overlay is not None:

@@ -168,6 +168,9 @@ def load_adapter(path: str | Path, config: models.ModelConfig, params: Tree | No
     if difference:
         raise QtjaxError(f"{folder / name}: does not fit {CONFIG} and this base model: {difference}")
     _check_dtypes(folder / name, tensors, expected)
+    broken = [key for key, value in tensors.items() if value.dtype.name in _FLOATS and not np.isfinite(value.astype(np.float32)).all()]
+    if broken:
+        raise QtjaxError(f"{folder / name}: {broken[0]!r} holds NaN or infinity; training diverged or the file is damaged, take another")
     if derived:
         return Overlay(method, *own.from_file(spec, tensors))
     return Overlay(method, spec, *table.trees(leaves, tensors))
@@ -236,7 +239,7 @@ def _parts(folder: Path, own: Any, peft_config: Mapping[str, Any]) -> list[Path]
 def _method(folder: Path, peft_config: Mapping[str, Any]) -> str:
     claiming = [name for name, method in METHODS.items() if method.claims(peft_config)]
     if len(claiming) != 1:
-        kind, known = peft_config.get("peft_type"), [name.upper() for name in METHODS]
+        kind, known = peft_config.get("peft_type"), sorted({kind for method in METHODS.values() for kind in method.peft_types})
         raise QtjaxError(
             f"{folder / CONFIG}: peft_type {kind!r} is not supported{near_names(str(kind), known)}; supported: {', '.join(known)}"
         )

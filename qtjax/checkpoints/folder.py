@@ -13,6 +13,7 @@ from qtjax.errors import QtjaxError
 from qtjax.hub import give_up_early
 from qtjax.models import ModelConfig
 
+_EMBEDDED = "smol"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -35,6 +36,11 @@ _FREQUENCIES = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_fr
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
+def base_name(path: str) -> str:
+    """What an adapter's config may call the model at `path`: "" for the embedded one, which no other program finds by its name."""
+    return "" if path == _EMBEDDED else path
+
+
 def resolve_folder(path: str | Path) -> Path:
     """A local folder for a folder, "smol" (the embedded model) or a hub name "org/name" (downloaded into the hub cache).
 
@@ -46,7 +52,7 @@ def resolve_folder(path: str | Path) -> Path:
         return folder
     if folder.exists():
         raise QtjaxError(f"model path {name!r} is a file: give the folder that holds config.json and the weights")
-    if name == "smol":
+    if name == _EMBEDDED:
         from qtjax.smol import model_folder
 
         return Path(model_folder())

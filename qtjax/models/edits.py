@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from qtjax.errors import QtjaxError
+from qtjax.models.config import ModelConfig
 from qtjax.tree import Tree, flatten, unflatten
 
 _record = partial(dataclass, frozen=True)
@@ -255,6 +256,34 @@ class Edits:
     def ahead(self) -> int:
         """How many virtual tokens a token's positions start after."""
         return self.prefix if self.virtual is None else self.virtual.shape[1]
+
+
+def check_edits(config: ModelConfig, edits: Edits, who: str) -> None:
+    """Raises QtjaxError when an edit is made for a model with other layers, widths, heads or vocabulary than `config`."""
+    layers, width = config.num_hidden_layers, config.hidden_size
+
+    def fits(where: str, what: str, found: Any, expected: Any) -> None:
+        if found != expected:
+            raise QtjaxError(f"overlay: {who} has {what} {found} at {where}, the model has {expected}; it is for another base")
+
+    for path, record in flatten(edits.tree).items():
+        if path.startswith("layers/"):
+            for array in jax.tree.leaves(record):
+                fits(path, "layers", array.shape[0], layers)
+        if isinstance(record, NormEdit):
+            fits(path, "width", record.weight.shape[-1], width)
+        if isinstance(record, AttentionEdit):
+            if record.prefix_k is not None:
+                fits(path, "heads and head_dim", record.prefix_k.shape[-2:], (config.num_key_value_heads, config.head_dim))
+            if record.prompt is not None:
+                fits(path, "width", record.prompt.shape[-1], width)
+        if isinstance(record, EmbeddingEdit):
+            if record.table is not None:
+                fits(path, "vocabulary and width", record.table.shape, (config.vocab_size, width))
+            if record.down is not None:
+                fits(path, "vocabulary and width", (record.down.shape[0], record.up.shape[-1]), (config.vocab_size, width))
+    if edits.virtual is not None:
+        fits("its virtual tokens", "width", edits.virtual.shape[-1], width)
 
 
 def combine(first: Any, second: Any, where: str = "") -> Any:

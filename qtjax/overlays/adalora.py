@@ -80,7 +80,7 @@ def _read(base: Base, fields: Mapping[str, Any], strict: bool) -> AdaLoraSpec:
     given = dict(fields)
     pattern, rank = given.pop("rank_pattern", None), given.pop("r", None)
     if strict:
-        require(rank in (None, 8), "r", rank, "is not used by adalora; set init_r, and target_r for the end")
+        require(rank is None, "r", rank, "is not used by adalora; set init_r, and target_r for the end")
         require(not pattern, "rank_pattern", pattern, "is written by training, and read with its file by load_adapter")
     else:
         needs(given, "init_r", "lora_alpha", "target_modules", method="AdaLoRA")
@@ -280,6 +280,7 @@ METHOD = Method(
     expand=_expand,
     to_peft=_to_peft,
     claims=claims("ADALORA"),
+    peft_types=("ADALORA",),
     linears=linears_of,
     draws=lambda spec: spec.fields.lora_dropout > 0,
     penalty=_penalty,

@@ -20,7 +20,7 @@ from qtjax.errors import QtjaxError, near_names
 from qtjax.models import Edits
 from qtjax.overlays import leaves as table
 from qtjax.overlays.leaves import Leaf
-from qtjax.overlays.targets import End, Linear, end_modules, linear_modules
+from qtjax.overlays.targets import End, Linear, end_modules, linear_modules, with_names_listed
 from qtjax.tree import Tree, flatten
 
 
@@ -68,7 +68,8 @@ class Method:
       names that match nothing while others do.
     leaves(spec) -> every array, trained or frozen. start(spec, key, base, params, frozen) -> (params, frozen): initial values
       that several arrays have in common, put in place of the leaves' own; base is {path: array}. expand(spec, params, frozen, context) -> Edits, traceable.
-    to_peft(spec) -> the method's own fields of adapter_config.json. claims(peft_config) -> whether this method reads it.
+    to_peft(spec) -> the method's own fields of adapter_config.json. claims(peft_config) -> whether this method reads it, one of
+      whose peft_types it must have.
     linears(spec) -> the linear modules it edits, for checks against another base.
     unmergeable: why `merge` is impossible; empty when it is possible.
     draws(spec): training draws random numbers. two_passes(spec): `expand` needs a first pass's hidden states.
@@ -117,6 +118,7 @@ class Method:
     given: Callable[[Any, Mapping[str, Any]], Mapping[str, Array]] = lambda spec, fields: {}
     parts: Callable[[Any], Mapping[str, dict[str, Any]]] = lambda spec: {}
     in_parts: bool = False
+    peft_types: Sequence[str] = ()
     posterior: bool = False
     alone: str = ""
 
@@ -137,8 +139,8 @@ def method_named(name: str) -> Method:
     if isinstance(name, str) and "+" in name:
         from qtjax.overlays.stack import stack_of
 
-        return stack_of(tuple(name.split("+")))
-    raise QtjaxError(f"overlay method {name!r}: not known{near_names(str(name), METHODS)}; known: {', '.join(METHODS)}")
+        return stack_of(tuple(part.strip() for part in name.split("+")))
+    raise QtjaxError(f"overlay method {name!r}: not known{near_names(str(name).lower(), METHODS)}; known: {', '.join(METHODS)}")
 
 
 def field_names(method: str) -> list[str]:
@@ -170,6 +172,15 @@ class Overlay:
         """
         frozen = jax.lax.stop_gradient(self.frozen)
         return self._own.expand(self.spec, self.params, frozen, Context(rng, task_ids, hidden))
+
+    def check_base(self, leaves: Mapping[str, Any], who: str = "overlay") -> None:
+        """Raises QtjaxError when `leaves`, {path: array or shape} of a model, lack a linear module that the overlay edits, or
+        have it in another shape."""
+        for linear in self._own.linears(self.spec):
+            path, expected = linear.leaf
+            if path not in leaves or tuple(leaves[path].shape) != expected:
+                found = f"is {tuple(leaves[path].shape)}" if path in leaves else "does not exist"
+                raise QtjaxError(f"{who}: {self.method} needs {path} of shape {expected}, which {found}; it is for another base")
 
     def replace(self, **changes: Any) -> "Overlay":
         """A copy with other `params` (or another field): `overlay.replace(params=new)`."""
@@ -228,6 +239,7 @@ def init_overlay(
     Raises QtjaxError for an unknown method or field, an unsupported value, targets that match nothing.
     """
     own, base = method_named(method), _base(config, params)
+    fields = with_names_listed(fields, base.linears)
     spec = own.read(base, fields, True)
     leaves = own.leaves(spec)
     params, frozen = table.initial(leaves, key, base.leaves)
@@ -244,8 +256,8 @@ def init_overlay(
 
 def abstract_overlay(method: str, config: models.ModelConfig, **fields: Any) -> Overlay:
     """The overlay with jax.ShapeDtypeStruct leaves: shapes and counts at any size, nothing allocated."""
-    own = method_named(method)
-    spec = own.read(_base(config, None), fields, True)
+    own, base = method_named(method), _base(config, None)
+    spec = own.read(base, with_names_listed(fields, base.linears), True)
     return Overlay(method, spec, *table.abstract(own.leaves(spec)))
 
 

@@ -86,10 +86,12 @@ def read_fields(
     *,
     inert: Mapping[str, tuple[Any, ...]] | None = None,
     descriptive: Sequence[str] = (),
+    also: Sequence[str] = (),
 ) -> Any:
     """Settings given by name, from a caller or from adapter_config.json, as the method's dataclass.
 
     Args: inert: {field of PEFT: values that mean nothing here}, beside the usual ones; anything else of it is refused.
+      also: fields that the caller reads itself, for near names.
     Raises QtjaxError naming the field, its value and the rule: unknown fields, values of the wrong kind, and PEFT
     fields whose effect is not supported. A field unknown here passes only when it is off (None, False or empty), so
     that files of newer PEFT versions are read exactly when they mean the same.
@@ -105,7 +107,7 @@ def read_fields(
             require(value in inert[name], name, value, f"is not supported for {method}; only {allowed} is")
         elif not (value is None or value is False or value in ("", [], {})):
             raise QtjaxError(
-                f"{name} = {value!r}: is not a field that {method} supports{near_names(name, [*known, *inert])}"
+                f"{name} = {value!r}: is not a field that {method} supports{near_names(name, [*known, *also, *inert])}"
             )
     return cls(**{name: _checked(f, given.get(name), linears) for name, f in known.items()})
 

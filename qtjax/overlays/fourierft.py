@@ -148,5 +148,6 @@ METHOD = Method(
     expand=_expand,
     to_peft=_to_peft,
     claims=claims("FOURIERFT"),
+    peft_types=("FOURIERFT",),
     linears=linears_of,
 )

@@ -12,6 +12,7 @@ Where public code differs we keep the textbook: sums over the data with scale N 
 real token instead of the last slot (so the padding side plays no part), |theta|^2 in the evidence.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,8 @@ def _read(base: Base, fields: Mapping[str, Any], strict: bool) -> LaplaceSpec:
     prior = read_fields("laplace", PriorFields, own)
     if strict and prior.fitted:
         raise QtjaxError("fitted = True: is set by fit_laplace, after training; leave it out")
-    return LaplaceSpec(plain(lora.METHOD.read(base, rest, strict), "laplace"), prior)
+    settings = [f.name for f in dataclasses.fields(PriorFields)]
+    return LaplaceSpec(plain(lora.read_lora(base, rest, strict, method="laplace", also=settings), "laplace"), prior)
 
 
 def plain(spec: LoraSpec, who: str) -> LoraSpec:

@@ -109,6 +109,7 @@ METHOD = Method(
     expand=_expand,
     to_peft=_to_peft,
     claims=lambda peft: peft.get("peft_type") in (_PEFT, _OURS),
+    peft_types=(_PEFT, _OURS),
     unmergeable="its prompt is read by attention, it is no weight",
     file=_file,
 )

@@ -20,7 +20,7 @@ from qtjax.overlays.base import Base, Context, Method, base_array
 from qtjax.overlays.fields import Named, read_fields, require, setting, to_peft
 from qtjax.overlays.leaves import Leaf
 from qtjax.overlays.sites import claims, needs
-from qtjax.overlays.targets import ALL_LINEAR, Names, hits, other_modules
+from qtjax.overlays.targets import ALL_LINEAR, Names, check_excluded, hits, other_modules
 from qtjax.tree import Tree, flatten, unflatten
 
 _NORMS = ("input_layernorm", "norm", "post_attention_layernorm")
@@ -78,6 +78,8 @@ def _read(base: Base, fields: Mapping[str, Any], strict: bool) -> NormSpec:
     settings = read_fields("ln_tuning", LnTuningFields, fields, base.linears)
     rule, norms = settings.target_modules, _norms(base)
     own = [norm.module(n) for norm in norms for n in range(len(norm.hits))]
+    if strict:
+        check_excluded(settings.exclude_modules, base.linears)
     for name in rule if strict and isinstance(rule, tuple) else ():
         if not any(hits((name,), module, "target_modules") for module in own):
             raise QtjaxError(
@@ -140,4 +142,5 @@ METHOD = Method(
     expand=_expand,
     to_peft=lambda spec: {"peft_type": "LN_TUNING", **to_peft(spec.fields), "modules_to_save": None},
     claims=claims("LN_TUNING"),
+    peft_types=("LN_TUNING",),
 )

@@ -153,16 +153,17 @@ def lora_sites(base: Base, settings: LoraFields, strict: bool, ends: bool = Fals
 
 
 def read_lora(
-    base: Base, fields: Mapping[str, Any], strict: bool, *, method: str = "lora", ends: bool = True, use_dora: bool = False
-) -> LoraSpec:
-    """`Method.read` of LoRA and of what is built on it."""
+    base: Base, fields: Mapping[str, Any], strict: bool, *, method: str = "lora", ends: bool = True, use_dora: bool = False,
+    also: Sequence[str] = (),
+) -> LoraSpec:  # fmt: skip
+    """`Method.read` of LoRA and of what is built on it; also: fields that the latter reads itself."""
     raw = not strict and fields.get("initial_factors") == "frozen"  # our own file of trainables
     if not strict:
         needs(fields, "r", "lora_alpha", "target_modules", method="LoRA")
         fields = {name: value for name, value in fields.items() if name != "initial_factors"}
     inert = INERT | {"use_dora": (use_dora, None)}
     descriptive = ("megatron_core", "qalora_group_size")
-    settings = read_fields(method, LoraFields, fields, base.linears, inert=inert, descriptive=descriptive)
+    settings = read_fields(method, LoraFields, fields, base.linears, inert=inert, descriptive=descriptive, also=also)
     if isinstance(settings.modules_to_save, str):
         settings = replace(settings, modules_to_save=(settings.modules_to_save,))
     _check_init(settings.init_lora_weights, strict, raw)
@@ -310,6 +311,7 @@ METHOD = Method(
     expand=_expand,
     to_peft=lora_to_peft,
     claims=claims("LORA", use_dora=False, qtjax_method=False),
+    peft_types=("LORA",),
     linears=linears_of,
     draws=lambda spec: spec.fields.lora_dropout > 0,
     complete=complete,

@@ -32,7 +32,7 @@ def merge(
     if own.unmergeable:
         raise QtjaxError(f"merge: {overlay.method} cannot be merged into weights: {own.unmergeable}")
     leaves = flatten(params)
-    _check_base(leaves, own.linears(overlay.spec))
+    overlay.check_base(leaves, "merge")
     task_ids = None if task_id is None else jnp.asarray([task_id], jnp.int32)
     models.check_task_ids(overlay.tasks, task_ids, (1,))
     edits = overlay.expand(task_ids=task_ids)
@@ -49,14 +49,6 @@ def merge(
             leaves[path] = _unpack(leaf, config.param_dtype)
     config = _fold_ends(config.replace(quantization=None), leaves, edits.tree)
     return _with_biases(config, leaves), unflatten(leaves)
-
-
-def _check_base(leaves: dict[str, Any], linears: Any) -> None:
-    for linear in linears:
-        path, expected = linear.leaf
-        if path not in leaves or tuple(leaves[path].shape) != expected:
-            found = f"is {tuple(leaves[path].shape)}" if path in leaves else "does not exist"
-            raise QtjaxError(f"merge: the overlay needs {path} of shape {expected}, which {found}; it is for another base")
 
 
 def _norm(record: NormEdit, module: str, leaf: Any) -> Array:

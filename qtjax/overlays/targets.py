@@ -128,11 +128,41 @@ def normalize_targets(value: Any, linears: Sequence[Linear]) -> Names:
         return rule
     if rule.lower() == ALL_LINEAR:
         return tuple(sorted({linear.name for linear in linears}))
+    return _listed(rule, "target_modules", [linear.module(n) for linear in linears for n in range(linear.layers)])
+
+
+def _listed(rule: str, field: str, modules: Sequence[str]) -> Names:
+    """A text of names, commas and blanks that is no module's name as a regex becomes a list; else the regex."""
     if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*\s*,?", rule.strip()):
-        if not any(hits(rule, linear.module(n), "target_modules") for linear in linears for n in range(linear.layers)):
+        if not any(hits(rule, module, field) for module in modules):
             return tuple(sorted({name.strip() for name in rule.split(",") if name.strip()}))
-    compiled(rule, "target_modules")
+    compiled(rule, field)
     return rule
+
+
+def with_names_listed(fields: Mapping[str, Any], linears: Sequence[Linear]) -> dict[str, Any]:
+    """A caller's fields, exclude_modules as text of names made a list as `normalize_targets` does, also in the fields of a
+    stack's parts. In a file PEFT's meaning holds: there a text is a regex."""
+    out = dict(fields)
+    for name, value in fields.items():
+        if name == "exclude_modules" and isinstance(value, str) and value:
+            out[name] = _listed(value, name, _all_modules(linears))
+        elif isinstance(value, Mapping) and "exclude_modules" in value:
+            out[name] = with_names_listed(value, linears)
+    return out
+
+
+def _all_modules(linears: Sequence[Linear]) -> list[str]:
+    return [linear.module(n) for linear in linears for n in range(linear.layers)] + other_modules(linears)
+
+
+def check_excluded(rule: Names | None, linears: Sequence[Linear]) -> None:
+    """Raises QtjaxError, with near names, for a name or regex of exclude_modules that no module of the model has."""
+    modules = _all_modules(linears)
+    for one in (rule,) if isinstance(rule, str) else rule or ():
+        if not any(hits(one if isinstance(rule, str) else (one,), module, "exclude_modules") for module in modules):
+            known = [*_known(linears), *dict.fromkeys(module.rsplit(".", 1)[-1] for module in other_modules(linears))]
+            raise QtjaxError(f"exclude_modules: {one!r} matches no module{near_names(one, known)}; it would exclude nothing")
 
 
 def resolve(
@@ -163,6 +193,8 @@ def resolve(
             f" {target_modules!r}; say the layers in the regex instead"
         )
     count = linears[0].layers
+    if strict:
+        check_excluded(exclude_modules, linears)
     bad = [n for n in layers_to_transform or () if strict and not 0 <= n < count]
     if bad:
         raise QtjaxError(f"layers_to_transform = {bad[0]}: the model has layers 0 to {count - 1}")
@@ -197,6 +229,8 @@ def resolve(
                 f"target_modules: {name!r} matches no linear module{near_names(name, _known(linears))};"
                 f" the model has {_names(linears)}"
             )
+    if not chosen and layers_to_transform is not None and not any(0 <= n < count for n in layers_to_transform):
+        raise QtjaxError(f"layers_to_transform = {list(layers_to_transform)}: the model has layers 0 to {count - 1}")
     if not chosen:
         raise QtjaxError(
             f"target_modules = {_shown(target_modules)}: matches no linear module{_excluding(exclude_modules)}"

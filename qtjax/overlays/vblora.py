@@ -153,6 +153,7 @@ METHOD = Method(
     expand=_expand,
     to_peft=_to_peft,
     claims=claims("VBLORA"),
+    peft_types=("VBLORA",),
     linears=linears_of,
     draws=lambda spec: spec.fields.vblora_dropout > 0,
     file=_file,

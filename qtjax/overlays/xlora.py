@@ -85,7 +85,7 @@ class XLoraSpec:
 def _read(base: Base, fields: Mapping[str, Any], strict: bool) -> XLoraSpec:
     inert = {"scaling_pass_value": (0.0, 0, None)}
     own = {k: v for k, v in fields.items() if k not in ("adapters", "parts", "r", "lora_alpha", "target_modules")}
-    settings = read_fields("xlora", XLoraFields, own, inert=inert)
+    settings = read_fields("xlora", XLoraFields, own, inert=inert, also=("adapters", "r", "lora_alpha", "target_modules"))
     if "parts" in fields:  # an adapter folder: the experts' own adapter_config.json
         experts = tuple(_expert(LORA.read(base, part, False), settings) for part in fields["parts"])
     else:
@@ -123,8 +123,13 @@ def _experts(base: Base, fields: Mapping[str, Any]) -> tuple[LoraSpec, ...]:
 
 def _given(spec: XLoraSpec, fields: Mapping[str, Any]) -> dict[str, Array]:
     """The experts' trained values, where overlays were given."""
-    given = fields.get("adapters")
+    given = fields.get("adapters", 3)
     if not isinstance(given, (list, tuple)):
+        if not spec.fields.use_trainable_adapters:
+            raise QtjaxError(
+                f"adapters = {given!r}: fresh experts add nothing and stay frozen, so that nothing could be learned; give trained lora"
+                " overlays (adapters=[...]), or set use_trainable_adapters"
+            )
         return {}
     return {f"expert_{i}/{path}": value for i, a in enumerate(given) for path, value in flatten(a.params).items()}
 
@@ -213,6 +218,7 @@ METHOD = Method(
     expand=_expand,
     to_peft=_to_peft,
     claims=claims("XLORA"),
+    peft_types=("XLORA",),
     linears=lambda spec: spec.linears,
     unmergeable="which expert acts, and how much, depends on the token",
     draws=lambda spec: spec.fields.xlora_depth > 1 and spec.fields.xlora_dropout_p > 0,

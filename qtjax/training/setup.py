@@ -65,7 +65,7 @@ def new_overlay(
 
 def _continued(section: OverlaySection, model_config: models.ModelConfig, params: Tree | None) -> Overlay:
     """The adapter that overlay.path holds. Raises QtjaxError when it is of another method or settings are given beside it."""
-    beside = [name for name in ("r", "lora_alpha", "lora_dropout", "target_modules", "fields") if getattr(section, name)]
+    beside = [*_given(section), *(["fields"] if section.fields else [])]
     if beside:
         raise QtjaxError(f"overlay.{beside[0]} = {getattr(section, beside[0])!r}: the adapter in overlay.path has its own settings; leave it out")
     loaded, wanted = load_adapter(section.path, model_config, params), method_named(section.method)
@@ -107,12 +107,18 @@ def overlay_fields(section: OverlaySection, total_steps: int) -> dict[str, Any]:
     that the method does not know, with near names, and for text in overlay.fields that is no name=value.
     """
     known = field_names(section.method) + (section.method.split("+") if "+" in section.method else [])
-    given = {name: getattr(section, name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules")}
-    given = {name: value for name, value in given.items() if value} | own_settings(section.fields)
+    given = _given(section) | own_settings(section.fields)
     for name in given:
         if name not in known:
             raise QtjaxError(f"overlay: {section.method} has no field {name!r}{near_names(name, known)}; it has {', '.join(known)}")
     return ({"total_step": total_steps} if "total_step" in known else {}) | given
+
+
+def _given(section: OverlaySection) -> dict[str, Any]:
+    """The settings that have a knob of their own, where they are not left to the method."""
+    left = OverlaySection()
+    names = ("r", "lora_alpha", "lora_dropout", "target_modules")
+    return {name: getattr(section, name) for name in names if getattr(section, name) != getattr(left, name)}
 
 
 def own_settings(text: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from qtjax import evals
 from qtjax.atomic import write_atomic, write_json
-from qtjax.checkpoints import save_adapter, save_pretrained
+from qtjax.checkpoints import base_name, save_adapter, save_pretrained
 from qtjax.config import Config, PruneSection
 from qtjax.data.prepare import training_rows
 from qtjax.errors import QtjaxError
@@ -96,7 +96,7 @@ def export(session: Session, folder: RunFolder, params: Tree, overlay: Overlay |
         save_pretrained(folder.model, session.model.config, params, tokenizer_from=session.config.model.path)
         save_template(folder.model, session.config)
     else:
-        save_adapter(folder.model, overlay, session.config.model.path)
+        save_adapter(folder.model, overlay, base_name(session.config.model.path))
 
 
 def save_template(folder: Path, config: Config) -> None:

@@ -220,6 +220,25 @@ def test_unsupported_settings_are_named(folder, fields, message):
     assert message in text and text.startswith(str(folder / "adapter_config.json"))
 
 
+def test_numbers_that_are_none_are_refused(folder):
+    """NaN or infinity in the file: the tensor is named."""
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    rewrite(folder, lambda tensors: tensors[key].__setitem__((0, 0), np.nan))
+    assert f"{key!r} holds NaN or infinity" in refused(folder)
+
+
+def test_what_is_said_to_be_supported_is(folder):
+    """The list of peft types holds each that some method reads, by PEFT's own names."""
+    change(folder, peft_type="PROMPT")
+    text = refused(folder)
+    assert "did you mean 'PROMPT_TUNING'" in text
+    listed = text.split("supported: ")[-1].split(", ")
+    assert {"LORA", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "QTJAX_HOULSBY"} <= set(listed)
+    for name in listed:
+        change(folder, peft_type=name)
+        assert "is not supported" not in refused(folder).split(";")[0] if name != "LORA" else True
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [

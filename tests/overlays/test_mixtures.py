@@ -27,7 +27,7 @@ def test_fresh_mixtures_are_the_base(params):
     """Poly's B and fresh experts' B are zero, so that neither changes a bit of the logits."""
     plain = logits(params)
     np.testing.assert_array_equal(of_task(init_overlay("poly", CONFIG, params, jax.random.key(0), **POLY), params, np.array([0, 2])), plain)
-    np.testing.assert_array_equal(logits(params, init_overlay("xlora", CONFIG, params, jax.random.key(0), r=2)), plain)
+    np.testing.assert_array_equal(logits(params, init_overlay("xlora", CONFIG, params, jax.random.key(0), r=2, use_trainable_adapters=True)), plain)
 
 
 def test_every_token_may_have_its_own_task(params):
@@ -99,6 +99,8 @@ def test_generation_runs_both_passes_with_caches(params):
     ("poly", dict(n_tasks=0), "n_tasks = 0: must be an integer above 0"),
     ("xlora", dict(adapters=[1]), "adapters = \\[1\\]: must be a list of lora overlays"),
     ("xlora", dict(adapters=0), "adapters = 0"),
+    ("xlora", dict(r=2), "adapters = 3: fresh experts add nothing and stay frozen"),
+    ("xlora", dict(adaptors=3), "adaptors = 3.*did you mean 'adapters'"),
     ("xlora", dict(top_k_lora=4), "top_k_lora = 4: there are 3 experts"),
     ("xlora", dict(enable_softmax_topk=True), "enable_softmax_topk = True: needs top_k_lora"),
     ("xlora", dict(hidden_size=7), "hidden_size = 7: the base model's is 32"),
@@ -134,7 +136,7 @@ def test_tasks_must_be_said_and_known(params, tmp_path):
     for tasks, message in ((None, "task_ids: the overlay has 3 tasks"), (np.array([0, 3]), "0 to 3; the overlay's tasks are 0 to 2")):
         with pytest.raises(QtjaxError, match=message):
             models.apply(CONFIG, params, IDS, overlay=overlay, task_ids=tasks)
-    save_adapter(tmp_path / "x", init_overlay("xlora", CONFIG, params, jax.random.key(0), r=2))
+    save_adapter(tmp_path / "x", init_overlay("xlora", CONFIG, params, jax.random.key(0), r=2, use_trainable_adapters=True))
     (tmp_path / "x" / "expert_1").rename(tmp_path / "gone")
     with pytest.raises(QtjaxError, match="missing: .*expert_1"):
         load_adapter(tmp_path / "x", CONFIG, params)

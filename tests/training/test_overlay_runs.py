@@ -238,6 +238,9 @@ def test_a_run_goes_on_from_an_adapter_folder(config_of, tmp_path):
     ({"overlay.method": "adalora", "overlay.fields": "init_rr=4"}, "adalora has no field 'init_rr'; did you mean 'init_r'"),
     ({"overlay.method": "lora", "overlay.fields": "rank 4"}, "'rank 4' is no name=value"),
     ({"overlay.method": "lora", "overlay.r": 64}, "r = 64: model.layers.0.self_attn.q_proj is 32 x 32"),
+    ({"overlay.method": "LoRA"}, "overlay method 'LoRA': not known; did you mean 'lora'"),
+    ({"overlay.method": "laplace", "overlay.fields": "prior_precison=2"}, "laplace has no field 'prior_precison'; did you mean 'prior_precision'"),
+    ({"overlay.method": "lora", "overlay.fields": "exclude_modules=q_porj"}, "exclude_modules: 'q_porj' matches no module; did you mean 'q_proj'"),
     ({"overlay.method": "lora+lora"}, "names the same method twice"),
     ({"overlay.method": "qlora"}, "qlora: the base model's kernels are not quantised"),
     ({"model.quantization": "nf4"}, "full-parameter training cannot update quantised kernels"),
@@ -251,8 +254,15 @@ def test_a_mistake_in_the_overlay_is_said_before_anything_is_loaded(tiny_config,
 
 
 def test_settings_come_from_the_config_by_name(tiny_config):
-    """overlay.fields is read in JSON where it is JSON; what stays at 0 or empty is left to the method."""
+    """overlay.fields is read in JSON where it is JSON; what stays at -1 or empty is left to the method."""
     section = tiny_config(**{"overlay.method": "lora", "overlay.fields": 'use_rslora=true rank_pattern={"q_proj":4} target_modules=["v_proj"]'}).overlay
     assert overlay_fields(section, 9) == {"use_rslora": True, "rank_pattern": {"q_proj": 4}, "target_modules": ["v_proj"]}
     section = tiny_config(**{"overlay.method": "adalora", "overlay.lora_alpha": 4.0}).overlay
     assert overlay_fields(section, 9) == {"total_step": 9, "lora_alpha": 4.0}
+
+
+@pytest.mark.parametrize("field", ["overlay.r", "overlay.lora_alpha"])
+def test_a_rank_of_zero_is_no_default(tiny_config, field):
+    """0 said is 0 meant, and impossible; the method's own value is -1."""
+    with pytest.raises(QtjaxError, match=f"{field} = 0.*must be -1 or above 0"):
+        tiny_config(**{"overlay.method": "lora", field: 0 if field == "overlay.r" else 0.0})
