@@ -50,8 +50,9 @@ def assemble(
     for name, p in wanted.items():
         pieces.setdefault(p.path, []).append((stored[name], p))
     flat_shardings = flatten(shardings) if shardings is not None else {}
+    # Waited for one by one: copies to devices run behind, and on a busy machine several host leaves would be alive.
     return unflatten(
-        {path: _leaf(pieces[path], struct, flat_shardings.get(path)) for path, struct in leaves.items()}
+        {path: jax.block_until_ready(_leaf(pieces[path], struct, flat_shardings.get(path))) for path, struct in leaves.items()}
     )
 
 
