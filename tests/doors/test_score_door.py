@@ -61,6 +61,18 @@ def test_a_run_is_scored_on_its_own_data(experiment, full_run, tiny_data, tmp_pa
     assert tables[0].equals(tables[1]) and tables[0].num_rows == 24
 
 
+def test_a_pruner_without_scores_is_shown_on_the_plane(experiment, tmp_path):
+    """random x none: what it would keep, and every sample's scores and median quadrant all the same."""
+    tables = {}
+    for name in ("random", "q-tuning"):
+        main(["--config", experiment, "--out", str(tmp_path / name), "--prune.sample-pruner", name, "--prune.token-pruner", "none"],
+             Console(file=io.StringIO(), width=80))  # fmt: skip
+        tables[name] = pq.read_table(tmp_path / name / "eu.parquet")
+    for name in ("perplexity", "entropy", "median_quadrant"):
+        np.testing.assert_array_equal(tables["random"][name].to_numpy(), tables["q-tuning"][name].to_numpy())
+    assert sum(tables["random"]["keep"].to_pylist()) == 4 + 2 and tables["random"]["keep"] != tables["q-tuning"]["keep"]
+
+
 def test_out_is_needed(experiment):
     """Nothing is written where nobody said to."""
     with pytest.raises(QtjaxError, match="--out: is missing"):
