@@ -51,7 +51,7 @@ def run_one(method: str, folder: Path, epochs: float, console: Console) -> dict[
     evaluation = summary["evaluation"]
     return {
         "method": method, "trained": summary["trained_values"], "rate": rate, "base": evaluation["base"], "after": evaluation["after"],
-        "seconds": summary["seconds"], "calibration": summary.get("calibration"),
+        "seconds": summary["seconds"], "calibration": summary.get("calibration"), "fields": SETTINGS.get(method, ""),
     }  # fmt: skip
 
 
@@ -72,28 +72,51 @@ def table(report: dict) -> Table:
 
 def draw(report: dict, file: Path) -> None:
     """Held-out loss against trained values, the best at each size joined."""
-    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from qtjax.report.style import BLUE, GREY, INK, VERMILION, save, tidy
 
     rows = sorted(report["results"], key=lambda r: r["trained"])
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), dpi=120)
+    figure = Figure(figsize=(9.5, 6), layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
+    tidy(axes)
+    axes.set(xscale="log", yscale="log", xlabel="trained values", ylabel="held-out loss (nats per token)")
     for row in rows:
-        axes.plot(row["trained"], row["after"]["loss"], "o", color="#2b6cb0" if row["method"] != "full" else "#c05621")
-        axes.annotate(row["method"], (row["trained"], row["after"]["loss"]), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        axes.plot(row["trained"], row["after"]["loss"], "o", color=VERMILION if row["method"] == "full" else BLUE)
     front, best = [], float("inf")
     for row in rows:
         if row["after"]["loss"] < best:
             best = row["after"]["loss"]
             front.append((row["trained"], best))
-    axes.plot(*zip(*front), "--", color="#718096", linewidth=1, label="best at its size or below")
-    axes.set(xscale="log", yscale="log", xlabel="trained values", ylabel="held-out loss (nats per token)")
-    axes.set_title(f"smol on smol-instruct, Q-Tuning 25 % x 50 %, {report['epochs']:g} epochs, base {rows[0]['base']['loss']:.2f}")
-    axes.grid(True, which="both", alpha=0.25)
-    axes.legend(loc="upper right")
-    figure.tight_layout()
-    figure.savefig(file)
+    axes.plot(*zip(*front), "--", color=GREY, linewidth=1, label="best at its size or below", zorder=1)
+    axes.set_title(
+        f"smol on smol-instruct, Q-Tuning 25 % x 50 %, {report['epochs']:g} epochs, base {rows[0]['base']['loss']:.2f}", loc="left", color=INK
+    )
+    axes.margins(x=0.1, y=0.08)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.legend(loc="upper right", frameon=False)
+    canvas.draw()
+    points = [axes.transData.transform((row["trained"], row["after"]["loss"])) for row in rows]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    for row in rows:  # each name where it covers neither a point nor another name
+        for dx, dy, side in ((7, 2, "left"), (-7, 2, "right"), (7, -11, "left"), (-7, -11, "right"), (0, 9, "center"), (0, -17, "center"), (7, 14, "left")):
+            name = axes.annotate(
+                row["method"], (row["trained"], row["after"]["loss"]), textcoords="offset points", xytext=(dx, dy), ha=side, fontsize=8.5
+            )
+            box = name.get_window_extent(canvas.get_renderer())
+            if not any(box.x0 < x1 and x0 < box.x1 and box.y0 < y1 and y0 < box.y1 for x0, y0, x1, y1 in taken):
+                break
+            name.remove()
+        else:
+            name = axes.annotate(row["method"], (row["trained"], row["after"]["loss"]), textcoords="offset points", xytext=(7, 2), fontsize=8.5)
+            box = name.get_window_extent(canvas.get_renderer())
+        taken.append((box.x0, box.y0, box.x1, box.y1))
+    save(figure, file)
 
 
 def main() -> None:
