@@ -12,7 +12,7 @@ from jax import Array
 from qtjax.models.attention import visible
 from qtjax.models.config import ModelConfig
 from qtjax.models.decoder import Decoder
-from qtjax.models.edits import Edits, check_edits
+from qtjax.models.edits import Edits, expanded
 from qtjax.models.ratings import check_rater, plan
 from qtjax.models.virtual import among_virtual, check_task_ids, of_rows, offsets, sees_virtual
 from qtjax.models.quantized import abstract_quantized, is_quantized_path, quantize_layers
@@ -181,9 +181,7 @@ def _states(
     if overlay is None:
         return _run(config, params, row, Edits({}))
     check_task_ids(overlay.tasks, row.task_ids, row.input_ids.shape, row.segment != 0)
-    overlay.check_base(flatten(params))
-    edits = overlay.expand(rng, row.task_ids)
-    check_edits(config, edits, overlay.method)
+    edits = expanded(config, params, overlay, rng, row.task_ids)
     if not overlay.two_passes:
         return _run(config, params, row, edits)
     first, _ = _run(config, params, row._replace(rater=None), edits)

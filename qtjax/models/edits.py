@@ -258,7 +258,15 @@ class Edits:
         return self.prefix if self.virtual is None else self.virtual.shape[1]
 
 
-def check_edits(config: ModelConfig, edits: Edits, who: str) -> None:
+def expanded(config: ModelConfig, params: Tree, overlay: Any, rng: Array | None, task_ids: Array | None) -> Edits:
+    """What `overlay` says about this model. Raises QtjaxError when it is for another base."""
+    overlay.check_base(flatten(params))
+    edits = overlay.expand(rng, task_ids)
+    _check_edits(config, edits, overlay.method)
+    return edits
+
+
+def _check_edits(config: ModelConfig, edits: Edits, who: str) -> None:
     """Raises QtjaxError when an edit is made for a model with other layers, widths, heads or vocabulary than `config`."""
     layers, width = config.num_hidden_layers, config.hidden_size
 

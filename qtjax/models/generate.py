@@ -12,7 +12,7 @@ from qtjax.models.api import variables
 from qtjax.models.attention import visible
 from qtjax.models.config import ModelConfig
 from qtjax.models.decoder import Decoder
-from qtjax.models.edits import Edits
+from qtjax.models.edits import Edits, expanded
 from qtjax.models.virtual import check_task_ids, of_rows, sees_virtual
 from qtjax.tree import Tree
 
@@ -73,7 +73,7 @@ def _sample(logits_BV: Array, temperature: Array, top_p: Array, key: Array) -> A
 def _generate(config, max_new_tokens, eos, pad, greedy, params, overlay, task_ids, input_ids, mask, knobs, key):
     batch, length = input_ids.shape
     model, window = Decoder(config), config.sliding_window
-    edits = Edits({}) if overlay is None else overlay.expand(None, task_ids)
+    edits = Edits({}) if overlay is None else expanded(config, params, overlay, None, task_ids)
     virtual = None if edits.virtual is None else of_rows(edits.virtual, task_ids)
     ahead = 0 if virtual is None else virtual.shape[-2]  # virtual tokens take slots of the cache, a prefix does not
     start, total = edits.ahead, ahead + length + max_new_tokens

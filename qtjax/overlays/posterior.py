@@ -115,10 +115,13 @@ class _Fixed:
     """Edits that are already expanded, as the model takes an overlay."""
 
     edits: Edits
-    two_passes, tasks = False, 0
+    two_passes, tasks, method = False, 0, "laplace"
 
     def expand(self, *context: Any) -> Edits:
         return self.edits
+
+    def check_base(self, leaves: Any) -> None:
+        """They were expanded for this model."""
 
 
 @jax.custom_vjp

@@ -233,7 +233,10 @@ def test_an_overlay_of_two_passes_is_rated_in_the_second():
     overlay = made("xlora", config, adapters=2, r=2, use_trainable_adapters=True)
 
     def one_pass(*states):
-        own = SimpleNamespace(tasks=0, two_passes=False, expand=lambda rng, tasks: overlay.expand(rng, tasks, *states))
+        own = SimpleNamespace(
+            tasks=0, two_passes=False, method="own", check_base=overlay.check_base,
+            expand=lambda rng, tasks: overlay.expand(rng, tasks, *states),
+        )  # fmt: skip
         return models.rated_hidden_states(config, params, ids, targets, "fastv", segment_ids=segments, overlay=own)
 
     first = jax.jit(one_pass)()

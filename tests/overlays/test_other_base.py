@@ -38,6 +38,15 @@ def test_apply_refuses_an_overlay_of_another_base(method, other):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("method", ["lora", "prefix", "prompt"])
+def test_generation_refuses_it_as_well(method):
+    """Of another width: the same line as `apply`, not an answer or a traceback of the compiler."""
+    overlay = init_overlay(method, CONFIG, base_params(), jax.random.key(0), **SMALL[method])
+    other = CONFIG.replace(hidden_size=48, head_dim=16)
+    with pytest.raises(QtjaxError, match=f"{method} .*another base"):
+        models.generate(other, base_params(other), [[1, 2, 3]], max_new_tokens=2, overlay=overlay)
+
+
 def test_fresh_experts_that_could_not_learn_are_refused():
     """X-LoRA over fresh frozen experts has no gradient at all: said, with what to give instead."""
     with pytest.raises(QtjaxError, match="adapters = 3: fresh experts.*use_trainable_adapters"):
