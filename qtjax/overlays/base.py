@@ -139,13 +139,13 @@ def method_named(name: str) -> Method:
     if isinstance(name, str) and "+" in name:
         from qtjax.overlays.stack import stack_of
 
-        return stack_of(tuple(part.strip() for part in name.split("+")))
+        return stack_of(tuple(name.split("+")))
     raise QtjaxError(f"overlay method {name!r}: not known{near_names(str(name).lower(), METHODS)}; known: {', '.join(METHODS)}")
 
 
 def field_names(method: str) -> list[str]:
     """The names of a method's settings; of a stack, those of all its parts."""
-    parts = [method] if method in METHODS else [part.strip() for part in method.split("+")]
+    parts = [method] if method in METHODS else method.split("+")
     return list(dict.fromkeys(f.name for part in parts for f in dataclasses.fields(method_named(part).fields)))
 
 

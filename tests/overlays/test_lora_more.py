@@ -130,7 +130,7 @@ def test_embedding_and_head_keep_their_own_changes(model):
     np.testing.assert_allclose(logits(merged, None, own), expected, rtol=2e-4, atol=2e-4)
     axes = flatten(overlay_axes(overlay, config).params)
     assert axes["embed_tokens/lora_A"] == ("vocab", None) and axes["lm_head/lora_B"] == (None, "vocab")
-    with pytest.raises(QtjaxError, match=r"merge: the overlay needs embed_tokens/embedding of shape \(61, 32\)"):
+    with pytest.raises(QtjaxError, match=r"merge: lora needs embed_tokens/embedding of shape \(61, 32\)"):
         merge(config.replace(vocab_size=62), models.init_params(config.replace(vocab_size=62), KEY), overlay)
 
 

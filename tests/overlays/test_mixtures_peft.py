@@ -102,7 +102,8 @@ def test_xlora_mixes_experts_as_peft_does(bases, base, fields, tmp_path):
 def test_what_peft_leaves_out_of_an_xlora_folder_is_named(bases, tmp_path):
     """peft 0.21 drops classifier layers when it saves; reading such a folder lists what is missing."""
     _, config, params = bases["llama"]
-    save_adapter(tmp_path / "x", init_overlay("xlora", config, params, jax.random.key(0), r=2))
+    experts = [init_overlay("lora", config, params, jax.random.key(n), r=2) for n in range(2)]
+    save_adapter(tmp_path / "x", init_overlay("xlora", config, params, jax.random.key(0), adapters=experts))
     save_file({}, tmp_path / "x" / "adapter_model.safetensors")
     with pytest.raises(QtjaxError, match="2 missing: base_model.internal_xlora_classifier") as error:
         load_adapter(tmp_path / "x", config, params)
