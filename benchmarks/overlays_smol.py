@@ -10,7 +10,6 @@ posterior after training. Runs stand in --folder and are not repeated; --picture
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +45,7 @@ def run_one(method: str, folder: Path, epochs: float, console: Console) -> dict[
         "overlay.method": "none" if method == "full" else method, "overlay.fields": SETTINGS.get(method, ""),
         "model.quantization": "nf4" if method == "qlora" else "none",
     }  # fmt: skip
-    with open(os.devnull, "w") as quiet:
-        summary = story.run(validate(override(config, changes)), Console(file=quiet), quiet=True)
+    summary = story.run(validate(override(config, changes)), Console(quiet=True), quiet=True)
     evaluation = summary["evaluation"]
     return {
         "method": method, "trained": summary["trained_values"], "rate": rate, "base": evaluation["base"], "after": evaluation["after"],

@@ -8,14 +8,12 @@ read back, so an interrupted table continues. Prints a Markdown table and writes
 """
 
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
+from benchmarks.machine import machine
 from qtjax.config import Config, override, to_json, validate
 from qtjax.errors import QtjaxError, door
 from qtjax.flags import parse_flags
@@ -101,7 +99,7 @@ def main() -> None:
         results[key] = run_one(config)
         print(f"{' '.join(key)}: {time.time() - begin:.0f} s", file=sys.stderr)
     lines = [
-        f"{given['samples']} rows, {given['epochs']:g} epochs, {os.cpu_count()} cores ({platform.machine()}), {date.today()}", "",
+        f"{given['samples']} rows, {given['epochs']:g} epochs, {machine()}", "",
         "| data | trained | pruning | held-out loss before | after | samples trained | tokens kept | scoring s | all steps s |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
         *(row(key, summary) for key, summary in results.items()),

@@ -12,20 +12,17 @@ Prints Markdown tables.
 
 import contextlib
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 
+from benchmarks.machine import machine
 from qtjax.config import Config, load_config, override, validate
 from qtjax.errors import QtjaxError, door
 from qtjax.pruning import spearman
@@ -125,8 +122,7 @@ def main() -> None:
         runs = {lag: stack.enter_context(opened(config, lag, given["steps"], Path(root))) for lag in (0, 1)}
         steps = runs[0][1]  # fewer than asked for, where train.epochs ends first
         report = measure({lag: loop for lag, (loop, _) in runs.items()}, steps, given["rounds"], console)
-    where = f"{os.cpu_count()} cores ({platform.machine()})" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
-    head = f"{config.model.path} on {config.data.path}, {steps} steps of {config.prune.batch_size} samples, {where}, {date.today()}"
+    head = f"{config.model.path} on {config.data.path}, {steps} steps of {config.prune.batch_size} samples, {machine()}"
     print("\n".join([head, "", *thirds(report["overlap"]), "", *timing(report["rounds"])]))
     if given["json"]:
         Path(given["json"]).write_text(json.dumps(report, indent=2) + "\n")

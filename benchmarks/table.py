@@ -10,14 +10,11 @@ Seconds are scoring, packing and training of a run together; compilation and eva
 """
 
 import json
-import os
-import platform
 import shutil
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +22,7 @@ import numpy as np
 from rich.console import Console
 from scipy import stats
 
+from benchmarks.machine import machine
 from qtjax import evals
 from qtjax.atomic import write_atomic, write_json
 from qtjax.config import SAMPLE_PRUNERS, TOKEN_PRUNERS, Config, load_config, override, validate
@@ -103,7 +101,7 @@ def run_one(config: Config) -> dict[str, Any]:
     """Trains and evaluates; what the table and its readers need of it."""
     folder_path = Path(config.run.folder)
     shutil.rmtree(folder_path, ignore_errors=True)  # what an interrupted run left
-    quiet = Console(file=open(os.devnull, "w"))
+    quiet = Console(quiet=True)
     with RunFolder.open(config) as folder:
         session = open_session(config, folder, quiet)
         train_steps(session, folder, quiet=True)
@@ -123,7 +121,7 @@ def run_one(config: Config) -> dict[str, Any]:
     shutil.rmtree(folder_path)
     return {
         "loss": found["loss"].loss if "loss" in found else None,
-        "exact_match": found["exact_match"].summary()["exact_match"] if "exact_match" in found else None,
+        "exact_match": found["exact_match"].accuracy if "exact_match" in found else None,
         "seconds": {name: round(value, 3) for name, value in done["seconds"].items()}, "steps": done["steps"], "samples": done["samples"],
         "tokens": done["tokens"] | {"trained": sum(m["trained_tokens"] for m in metrics)}, "closing": done["closing"],
         "spearman": float(np.mean(correlations)) if correlations else None, "provenance": provenance,
@@ -173,10 +171,6 @@ class Table:
         pruned = statistics.median(spent(result) for result in self.of(Cell(Q_TUNING, budget)))
         step = statistics.median(spent(result) / result["steps"] for result in self.of(Cell(FULL, "")))
         return max(1, int(pruned / step))
-
-
-def machine() -> str:
-    return f"{os.cpu_count()} cores ({platform.machine()}), {date.today()}"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

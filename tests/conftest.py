@@ -1,8 +1,11 @@
 """Fixtures shared by all tests: where the reference data lies, and a strict numeric environment."""
 
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,6 +35,52 @@ def few_mappings() -> Iterator[None]:
         import jax
 
         jax.clear_caches()
+
+
+@pytest.fixture
+def run_python() -> Callable[..., str]:
+    """run_python(source, *arguments, devices=1) -> standard output of a fresh interpreter with so many CPU devices.
+
+    A one-line source is the name of a module to run. Fails with the interpreter's standard error.
+    """
+
+    def run(source: str, *arguments: str, devices: int = 1) -> str:
+        root = Path(__file__).resolve().parents[1]  # this checkout's code, wherever pytest was started
+        path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        done = subprocess.run(
+            [sys.executable, "-c" if "\n" in source else "-m", source, *arguments], cwd=root, capture_output=True, text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "XLA_FLAGS": flags}, timeout=1500,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def power_cut(monkeypatch) -> Callable[..., None]:
+    """power_cut(run, when): run() up to the first optimizer step at which when(loop, step number from 0) is true."""
+
+    class Cut(Exception):
+        pass
+
+    def cut(run: Callable[[], Any], when: Callable[[Any, int], bool]) -> None:
+        from qtjax.training.loop import Loop
+
+        true_step = Loop.step
+
+        def step(self, number, last):
+            if when(self, number):
+                raise Cut
+            return true_step(self, number, last)
+
+        with monkeypatch.context() as here:
+            here.setattr(Loop, "step", step)
+            with pytest.raises(Cut):
+                run()
+
+    return cut
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from qtjax.errors import QtjaxError, near_names
 from qtjax.overlays import METHODS, Method, Overlay, method_named
 from qtjax.overlays import leaves as table
 from qtjax.overlays.base import Base
+from qtjax.parallel import wait_for_all
 from qtjax.tree import Tree, describe_difference, flatten
 
 CONFIG = "adapter_config.json"
@@ -66,8 +67,7 @@ def save_adapter(path: str | Path, overlay: Overlay, base_model_name: str = "") 
         _save_stack(folder, overlay, base_model_name)
     else:
         _save_one(folder, overlay, base_model_name)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"save_adapter {folder.name}")
+    wait_for_all(f"save_adapter {folder.name}")
 
 
 def _save_one(folder: Path, overlay: Overlay, base_model_name: str) -> None:
@@ -239,7 +239,7 @@ def _parts(folder: Path, own: Any, peft_config: Mapping[str, Any]) -> list[Path]
 def _method(folder: Path, peft_config: Mapping[str, Any]) -> str:
     claiming = [name for name, method in METHODS.items() if method.claims(peft_config)]
     if len(claiming) != 1:
-        kind, known = peft_config.get("peft_type"), sorted({kind for method in METHODS.values() for kind in method.peft_types})
+        kind, known = peft_config.get("peft_type"), sorted({kind for method in METHODS.values() for kind in method.claims.types})
         raise QtjaxError(
             f"{folder / CONFIG}: peft_type {kind!r} is not supported{near_names(str(kind), known)}; supported: {', '.join(known)}"
         )

@@ -20,6 +20,7 @@ from qtjax.checkpoints.folder import TOKENIZER_FILES, open_weights, read_config,
 from qtjax.checkpoints.names import Place, places, stored_shape
 from qtjax.errors import QtjaxError, near_names
 from qtjax.models import KINDS, ModelConfig, Quantized, abstract_params, init_params
+from qtjax.parallel import wait_for_all
 from qtjax.tree import Tree, describe_difference, flatten
 
 MAX_SHARD_BYTES = 5_000_000_000  # what transformers 4 splits at; 5 readers take any
@@ -126,8 +127,7 @@ def save_pretrained(
         for shard in files.values():
             for _ in _values(shard, leaves, homes):
                 pass
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"save_pretrained {folder.name}")
+    wait_for_all(f"save_pretrained {folder.name}")
     return folder
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from safetensors.numpy import save
 
 from qtjax.atomic import disk_errors, write_atomic
@@ -16,6 +15,7 @@ from qtjax.models import Quantized
 from qtjax.overlays import Overlay
 from qtjax.overlays.diffprune import is_projected, sparse_delta
 from qtjax.overlays.targets import linear_modules
+from qtjax.parallel import wait_for_all
 from qtjax.tree import Tree, flatten, unflatten
 
 SparseDelta = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -44,8 +44,7 @@ def save_sparse_delta(path: str | Path, overlay: Overlay) -> None:
         with disk_errors(Path(path).parent, "making the folder"):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(path), save(tensors, metadata={"format": "pt"}))
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"save_sparse_delta {Path(path).name}")
+    wait_for_all(f"save_sparse_delta {Path(path).name}")
 
 
 def load_sparse_delta(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 from jax.sharding import Mesh
@@ -13,7 +12,7 @@ from qtjax.data.dataset import TokenizedDataset
 from qtjax.evals.decisions import decisions
 from qtjax.models import ModelConfig
 from qtjax.pruning import spearman
-from qtjax.pruning.ranks import median_quadrants, stable_ranks
+from qtjax.pruning.ranks import quadrants_of_scores
 from qtjax.records.samples import to_table
 from qtjax.scoring import sample_scores
 from qtjax.training.batch import ScoringBatch
@@ -47,9 +46,9 @@ def survey(
     for step, batch, nll, entropy, decision in decided:
         scores = sample_scores(nll, entropy, batch.targets)
         eligible = batch.valid & np.isfinite(scores.perplexity) & np.isfinite(scores.entropy)
-        ranks = (stable_ranks(jnp.where(eligible, each, 0.0), eligible) for each in (scores.perplexity, scores.entropy))
+        median = quadrants_of_scores(scores.perplexity, scores.entropy, eligible)
         tables.append(to_table(step + 1, record_columns(dataset, batch, decision) | {
-            "perplexity": scores.perplexity, "entropy": scores.entropy, "median_quadrant": median_quadrants(*ranks, eligible),
+            "perplexity": scores.perplexity, "entropy": scores.entropy, "median_quadrant": median,
         }))  # fmt: skip
         orders.append(batch.indices[batch.valid])
         correlations.append(float(spearman(scores.perplexity, scores.entropy, batch.valid)))

@@ -280,7 +280,6 @@ METHOD = Method(
     expand=_expand,
     to_peft=_to_peft,
     claims=claims("ADALORA"),
-    peft_types=("ADALORA",),
     linears=linears_of,
     draws=lambda spec: spec.fields.lora_dropout > 0,
     penalty=_penalty,

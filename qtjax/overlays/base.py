@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from qtjax import models
@@ -60,6 +59,22 @@ class Conversion:
 
 
 @dataclass(frozen=True)
+class Claims:
+    """Which adapter_config.json is a method's: its peft_type is one of `types`, and fields have these values, of which True
+    and False mean given or not."""
+
+    types: tuple[str, ...] = ()
+    fields: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, peft_config: Mapping[str, Any]) -> bool:
+        def holds(name: str, value: Any) -> bool:
+            found = peft_config.get(name)
+            return (bool(found) if isinstance(value, bool) else found) == value
+
+        return peft_config.get("peft_type") in self.types and all(holds(*field) for field in self.fields)
+
+
+@dataclass(frozen=True)
 class Method:
     """One method's functions. `spec` is its frozen, hashable settings, resolved for one base model.
 
@@ -68,8 +83,7 @@ class Method:
       names that match nothing while others do.
     leaves(spec) -> every array, trained or frozen. start(spec, key, base, params, frozen) -> (params, frozen): initial values
       that several arrays have in common, put in place of the leaves' own; base is {path: array}. expand(spec, params, frozen, context) -> Edits, traceable.
-    to_peft(spec) -> the method's own fields of adapter_config.json. claims(peft_config) -> whether this method reads it, one of
-      whose peft_types it must have.
+    to_peft(spec) -> the method's own fields of adapter_config.json. claims(peft_config) -> whether this method reads it.
     linears(spec) -> the linear modules it edits, for checks against another base.
     unmergeable: why `merge` is impossible; empty when it is possible.
     draws(spec): training draws random numbers. two_passes(spec): `expand` needs a first pass's hidden states.
@@ -98,7 +112,7 @@ class Method:
     leaves: Callable[[Any], Sequence[Leaf]]
     expand: Callable[[Any, Tree, Tree, Context], Edits]
     to_peft: Callable[[Any], dict[str, Any]]
-    claims: Callable[[Mapping[str, Any]], bool]
+    claims: Claims
     linears: Callable[[Any], Sequence[Linear]] = lambda spec: ()
     start: Callable[[Any, Array, Mapping[str, Any], Tree, Tree], tuple[Tree, Tree]] | None = None
     unmergeable: str = ""
@@ -118,7 +132,6 @@ class Method:
     given: Callable[[Any, Mapping[str, Any]], Mapping[str, Array]] = lambda spec, fields: {}
     parts: Callable[[Any], Mapping[str, dict[str, Any]]] = lambda spec: {}
     in_parts: bool = False
-    peft_types: Sequence[str] = ()
     posterior: bool = False
     alone: str = ""
 
@@ -223,6 +236,11 @@ def _base(config: models.ModelConfig, params: Tree | None) -> Base:
     return Base(config, flatten(models.abstract_params(config) if params is None else params))
 
 
+def _read(own: Method, base: Base, fields: Mapping[str, Any]) -> Any:
+    """The spec of a caller's fields."""
+    return own.read(base, with_names_listed(fields, base.linears), True)
+
+
 def init_overlay(
     method: str, config: models.ModelConfig, params: Tree | None, key: Array, **fields: Any
 ) -> Overlay:
@@ -239,8 +257,7 @@ def init_overlay(
     Raises QtjaxError for an unknown method or field, an unsupported value, targets that match nothing.
     """
     own, base = method_named(method), _base(config, params)
-    fields = with_names_listed(fields, base.linears)
-    spec = own.read(base, fields, True)
+    spec = _read(own, base, fields)
     leaves = own.leaves(spec)
     params, frozen = table.initial(leaves, key, base.leaves)
     if own.start is not None:
@@ -256,8 +273,8 @@ def init_overlay(
 
 def abstract_overlay(method: str, config: models.ModelConfig, **fields: Any) -> Overlay:
     """The overlay with jax.ShapeDtypeStruct leaves: shapes and counts at any size, nothing allocated."""
-    own, base = method_named(method), _base(config, None)
-    spec = own.read(base, with_names_listed(fields, base.linears), True)
+    own = method_named(method)
+    spec = _read(own, _base(config, None), fields)
     return Overlay(method, spec, *table.abstract(own.leaves(spec)))
 
 

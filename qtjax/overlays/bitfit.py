@@ -52,7 +52,6 @@ METHOD = Method(
     expand=_expand,
     to_peft=lambda spec: {"peft_type": "QTJAX_BITFIT", **to_peft(spec.fields)},
     claims=claims("QTJAX_BITFIT"),
-    peft_types=("QTJAX_BITFIT",),
     linears=linears_of,
     in_peft=False,
 )

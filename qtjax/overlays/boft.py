@@ -139,7 +139,6 @@ METHOD = Method(
     expand=_expand,
     to_peft=_to_peft,
     claims=claims("BOFT"),
-    peft_types=("BOFT",),
     linears=linears_of,
     draws=lambda spec: spec.fields.boft_dropout > 0,
 )

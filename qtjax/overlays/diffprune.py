@@ -232,7 +232,6 @@ METHOD = Method(
     expand=_expand,
     to_peft=lambda spec: {"peft_type": "QTJAX_DIFFPRUNE", **to_peft(spec.fields)},
     claims=claims("QTJAX_DIFFPRUNE"),
-    peft_types=("QTJAX_DIFFPRUNE",),
     linears=linears_of,
     draws=lambda spec: True,
     penalty=_penalty,

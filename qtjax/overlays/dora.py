@@ -59,6 +59,5 @@ METHOD = replace(
     expand=_expand,
     to_peft=partial(lora.lora_to_peft, use_dora=True),
     claims=claims("LORA", use_dora=True),
-    peft_types=("LORA",),
     conversion=lora.converts(_leaves),
 )

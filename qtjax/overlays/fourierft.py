@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -148,6 +147,5 @@ METHOD = Method(
     expand=_expand,
     to_peft=_to_peft,
     claims=claims("FOURIERFT"),
-    peft_types=("FOURIERFT",),
     linears=linears_of,
 )

@@ -97,7 +97,6 @@ METHOD = Method(
     expand=_expand,
     to_peft=lambda spec: {"peft_type": "QTJAX_HOULSBY", **to_peft(spec.fields)},
     claims=claims("QTJAX_HOULSBY"),
-    peft_types=("QTJAX_HOULSBY",),
     linears=linears_of,
     unmergeable="the adapter behind each product is not linear",
     in_peft=False,

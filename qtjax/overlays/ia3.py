@@ -101,6 +101,5 @@ METHOD = Method(
     expand=_expand,
     to_peft=_to_peft,
     claims=claims("IA3"),
-    peft_types=("IA3",),
     linears=linears_of,
 )

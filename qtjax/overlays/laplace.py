@@ -25,6 +25,7 @@ from qtjax.overlays.base import Base, Context, Method
 from qtjax.overlays.fields import read_fields, setting
 from qtjax.overlays.leaves import Leaf
 from qtjax.overlays.lora import LoraFields, LoraSpec
+from qtjax.overlays.sites import claims
 from qtjax.tree import Tree
 
 _NAME = {"qtjax_method": "laplace"}  # tells the folder from a plain LoRA's; PEFT ignores it
@@ -125,7 +126,7 @@ METHOD = Method(
     leaves=_leaves,
     expand=_expand,
     to_peft=_to_peft,
-    claims=lambda peft: peft.get("peft_type") == "LORA" and peft.get("qtjax_method") == "laplace",
+    claims=claims("LORA", **_NAME),
     linears=lambda spec: spec.linears,
     draws=lambda spec: lora.METHOD.draws(spec.lora),
     file=_file,

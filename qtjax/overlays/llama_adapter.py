@@ -22,7 +22,7 @@ from qtjax.models import AttentionEdit, Edits
 from qtjax.overlays.base import Base, Context, Method
 from qtjax.overlays.fields import read_fields, require, setting
 from qtjax.overlays.leaves import Leaf, normal, zeros
-from qtjax.overlays.sites import needs
+from qtjax.overlays.sites import claims, needs
 from qtjax.tree import Tree
 
 # adapter_config.json of the gates that PEFT has not: it then refuses the folder instead of misreading it.
@@ -108,8 +108,7 @@ METHOD = Method(
     leaves=_leaves,
     expand=_expand,
     to_peft=_to_peft,
-    claims=lambda peft: peft.get("peft_type") in (_PEFT, _OURS),
-    peft_types=(_PEFT, _OURS),
+    claims=claims(_PEFT, _OURS),
     unmergeable="its prompt is read by attention, it is no weight",
     file=_file,
 )

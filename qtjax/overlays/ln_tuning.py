@@ -142,5 +142,4 @@ METHOD = Method(
     expand=_expand,
     to_peft=lambda spec: {"peft_type": "LN_TUNING", **to_peft(spec.fields), "modules_to_save": None},
     claims=claims("LN_TUNING"),
-    peft_types=("LN_TUNING",),
 )

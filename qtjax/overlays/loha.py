@@ -102,7 +102,6 @@ METHOD = Method(
     expand=_expand,
     to_peft=lambda spec: {"peft_type": "LOHA", **to_peft(spec.fields), "modules_to_save": None, "layers_pattern": None},
     claims=claims("LOHA"),
-    peft_types=("LOHA",),
     linears=linears_of,
     draws=lycoris.draws,
 )

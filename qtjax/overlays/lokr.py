@@ -138,7 +138,6 @@ METHOD = Method(
     expand=_expand,
     to_peft=lambda spec: {"peft_type": "LOKR", **to_peft(spec.fields), "modules_to_save": None, "layers_pattern": None},
     claims=claims("LOKR"),
-    peft_types=("LOKR",),
     linears=linears_of,
     draws=lycoris.draws,
 )

@@ -311,7 +311,6 @@ METHOD = Method(
     expand=_expand,
     to_peft=lora_to_peft,
     claims=claims("LORA", use_dora=False, qtjax_method=False),
-    peft_types=("LORA",),
     linears=linears_of,
     draws=lambda spec: spec.fields.lora_dropout > 0,
     complete=complete,

@@ -82,7 +82,6 @@ METHOD = Method(
     expand=_expand,
     to_peft=_to_peft,
     claims=claims("MULTITASK_PROMPT_TUNING"),
-    peft_types=("MULTITASK_PROMPT_TUNING",),
     unmergeable="a prompt is tokens before the row, no weight",
     tasks=lambda spec: spec.fields.num_tasks,
 )

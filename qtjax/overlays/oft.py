@@ -162,7 +162,6 @@ METHOD = Method(
     expand=_expand,
     to_peft=_to_peft,
     claims=claims("OFT"),
-    peft_types=("OFT",),
     linears=linears_of,
     draws=lambda spec: spec.fields.module_dropout > 0 and not spec.fields.block_share,
     after_step=_after_step,

@@ -121,7 +121,6 @@ METHOD = Method(
     expand=_expand,
     to_peft=lambda spec: {"peft_type": "POLY", **to_peft(spec.fields)},
     claims=claims("POLY"),
-    peft_types=("POLY",),
     linears=linears_of,
     draws=lambda spec: True,
     tasks=lambda spec: spec.fields.n_tasks,

@@ -100,7 +100,6 @@ METHOD = Method(
     expand=_expand,
     to_peft=lambda spec: {"peft_type": "PREFIX_TUNING", **to_peft(spec.fields), **described(spec.sizes)},
     claims=claims("PREFIX_TUNING"),
-    peft_types=("PREFIX_TUNING",),
     unmergeable="a prefix is keys and values before the row's own, no weight",
     file=_file,
     from_file=_from_file,

@@ -103,6 +103,5 @@ METHOD = Method(
     expand=_expand,
     to_peft=_to_peft,
     claims=claims("PROMPT_TUNING"),
-    peft_types=("PROMPT_TUNING",),
     unmergeable="a prompt is tokens before the row, no weight",
 )

@@ -158,7 +158,6 @@ METHOD = Method(
     expand=_expand,
     to_peft=lambda spec: {"peft_type": "P_TUNING", **to_peft(spec.fields), **described(spec.sizes)},
     claims=claims("P_TUNING"),
-    peft_types=("P_TUNING",),
     unmergeable="a prompt is tokens before the row, no weight",
     draws=lambda spec: not spec.flat and spec.lstm and spec.fields.encoder_dropout > 0 and spec.fields.encoder_num_layers > 1,
     file=_file,

@@ -13,6 +13,7 @@ from qtjax.errors import QtjaxError
 from qtjax.models import Quantized
 from qtjax.overlays import lora
 from qtjax.overlays.base import Base
+from qtjax.overlays.sites import claims
 
 
 def _read(base: Base, fields: Mapping[str, Any], strict: bool) -> Any:
@@ -24,4 +25,4 @@ def _read(base: Base, fields: Mapping[str, Any], strict: bool) -> Any:
     return lora.METHOD.read(base, fields, strict)
 
 
-METHOD = dataclasses.replace(lora.METHOD, read=_read, claims=lambda peft: False)
+METHOD = dataclasses.replace(lora.METHOD, read=_read, claims=claims())

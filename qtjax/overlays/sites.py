@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from qtjax.errors import QtjaxError
-from qtjax.overlays.base import Base
+from qtjax.overlays.base import Base, Claims
 from qtjax.overlays.fields import Named, Targeted
 from qtjax.overlays.leaves import Leaf, Shape
 from qtjax.overlays.targets import Linear, resolve
@@ -91,6 +91,6 @@ def needs(peft_config: Mapping[str, Any], *names: str, method: str) -> None:
             raise QtjaxError(f"{name}: is missing, and a {method} adapter cannot be read without it")
 
 
-def claims(peft_type: str, **fields: Any) -> Any:
-    """`Method.claims` by adapter_config.json's peft_type, and by fields that must have these values (absent counts as None)."""
-    return lambda peft: peft.get("peft_type") == peft_type and all(bool(peft.get(k)) == v for k, v in fields.items())
+def claims(*types: str, **fields: Any) -> Claims:
+    """`Method.claims` by peft_type and fields; without types no folder is the method's."""
+    return Claims(types, tuple(fields.items()))

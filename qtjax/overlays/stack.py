@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from qtjax.errors import QtjaxError, near_names
 from qtjax.models import Edits, combine_trees
-from qtjax.overlays.base import Base, Context, Method, method_named
+from qtjax.overlays.base import Base, Claims, Context, Method, method_named
 from qtjax.overlays.leaves import Leaf, abstract
 from qtjax.tree import Tree
 
@@ -74,7 +74,7 @@ def stack_of(names: tuple[str, ...]) -> Method:
         return params, state
 
     return Method(
-        fields=_united(parts), read=read, leaves=leaves, expand=expand, to_peft=lambda spec: {}, claims=lambda peft: False,
+        fields=_united(parts), read=read, leaves=leaves, expand=expand, to_peft=lambda spec: {}, claims=Claims(),
         linears=lambda spec: [linear for part, own in zip(parts, spec) for linear in part.linears(own)],
         start=start if any(part.start for part in parts) else None,
         unmergeable="; ".join(f"{name}: {part.unmergeable}" for name, part in zip(names, parts) if part.unmergeable),

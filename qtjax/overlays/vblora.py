@@ -153,7 +153,6 @@ METHOD = Method(
     expand=_expand,
     to_peft=_to_peft,
     claims=claims("VBLORA"),
-    peft_types=("VBLORA",),
     linears=linears_of,
     draws=lambda spec: spec.fields.vblora_dropout > 0,
     file=_file,

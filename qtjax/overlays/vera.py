@@ -104,7 +104,6 @@ METHOD = Method(
     expand=_expand,
     to_peft=_to_peft,
     claims=claims("VERA"),
-    peft_types=("VERA",),
     linears=linears_of,
     draws=lambda spec: spec.fields.vera_dropout > 0,
 )

@@ -31,6 +31,9 @@ from qtjax.overlays.targets import Linear
 from qtjax.tree import Tree, flatten, unflatten
 
 
+_OF_EXPERTS = ("r", "lora_alpha", "target_modules")  # settings of fresh experts, not of the mixture
+
+
 @dataclass(frozen=True)
 class XLoraFields:
     """PEFT's names. xlora_depth: layers of the classifier, xlora_size its width where depth > 1; xlora_dropout_p: fraction
@@ -84,8 +87,8 @@ class XLoraSpec:
 
 def _read(base: Base, fields: Mapping[str, Any], strict: bool) -> XLoraSpec:
     inert = {"scaling_pass_value": (0.0, 0, None)}
-    own = {k: v for k, v in fields.items() if k not in ("adapters", "parts", "r", "lora_alpha", "target_modules")}
-    settings = read_fields("xlora", XLoraFields, own, inert=inert, also=("adapters", "r", "lora_alpha", "target_modules"))
+    own = {k: v for k, v in fields.items() if k not in ("adapters", "parts", *_OF_EXPERTS)}
+    settings = read_fields("xlora", XLoraFields, own, inert=inert, also=("adapters", *_OF_EXPERTS))
     if "parts" in fields:  # an adapter folder: the experts' own adapter_config.json
         experts = tuple(_expert(LORA.read(base, part, False), settings) for part in fields["parts"])
     else:
@@ -109,13 +112,13 @@ def _experts(base: Base, fields: Mapping[str, Any]) -> tuple[LoraSpec, ...]:
     given = fields.get("adapters", 3)
     if isinstance(given, (list, tuple)) and given:
         wrong = [a for a in given if not (isinstance(a, Overlay) and method_named(a.method) is LORA)]
-        beside = [name for name in ("r", "lora_alpha", "target_modules") if name in fields]
+        beside = [name for name in _OF_EXPERTS if name in fields]
         if beside:
             raise QtjaxError(f"{beside[0]} = {fields[beside[0]]!r}: the experts that adapters lists have their own; leave it out")
         if not wrong:
             return tuple(a.spec for a in given)
     if isinstance(given, int) and not isinstance(given, bool) and given > 0:
-        fresh = {k: fields[k] for k in ("r", "lora_alpha", "target_modules") if k in fields}
+        fresh = {k: fields[k] for k in _OF_EXPERTS if k in fields}
         return (LORA.read(base, fresh, True),) * given
     shown = [a.method if isinstance(a, Overlay) else a for a in given] if isinstance(given, (list, tuple)) else given
     raise QtjaxError(f"adapters = {shown!r}: must be a list of lora overlays (init_overlay, load_adapter), or how many fresh ones")
@@ -218,7 +221,6 @@ METHOD = Method(
     expand=_expand,
     to_peft=_to_peft,
     claims=claims("XLORA"),
-    peft_types=("XLORA",),
     linears=lambda spec: spec.linears,
     unmergeable="which expert acts, and how much, depends on the token",
     draws=lambda spec: spec.fields.xlora_depth > 1 and spec.fields.xlora_dropout_p > 0,

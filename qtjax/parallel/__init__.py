@@ -1,6 +1,6 @@
 """Mesh, shardings and multi-host start-up."""
 
-from qtjax.parallel.hosts import agree_max, agree_sums, all_rows, local_rows
+from qtjax.parallel.hosts import agree_max, agree_sums, all_rows, local_rows, wait_for_all
 from qtjax.parallel.mesh import (
     AXES,
     BATCH_AXES,
@@ -29,4 +29,5 @@ __all__ = [
     "round_up",
     "rows_on_device",
     "tree_shardings",
+    "wait_for_all",
 ]

@@ -9,6 +9,12 @@ from jax.sharding import PartitionSpec as P
 from qtjax.parallel.mesh import BATCH_AXES
 
 
+def wait_for_all(what: str) -> None:
+    """Returns when every process has come here; `what` must be the same on all."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
 def agree_max(value: int) -> int:
     """The largest of all processes' values, so that all launch the same number of microbatches."""
     if jax.process_count() == 1:

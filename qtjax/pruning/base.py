@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from qtjax.errors import QtjaxError
-from qtjax.pruning.ranks import median_quadrants, stable_ranks
+from qtjax.pruning.ranks import quadrants_of_scores
 
 
 class Candidates(NamedTuple):
@@ -151,12 +151,11 @@ def scored(candidates: Candidates) -> jax.Array:
 def plain_choice(candidates: Candidates, keep_B: jax.Array, eligible_B: jax.Array, weight_B: jax.Array | float = 1.0):
     """SampleChoice of a pruner without quadrants. Median quadrants come from the scores, if there are any."""
     known = scored(candidates)
-    ranks = (stable_ranks(jnp.where(known, x, 0.0), known) for x in (candidates.perplexity, candidates.entropy))
     return SampleChoice(
         keep=keep_B,
         quadrant=jnp.zeros(keep_B.shape, jnp.int32),
         supplement=jnp.zeros(keep_B.shape, bool),
-        median_quadrant=median_quadrants(*ranks, known),
+        median_quadrant=quadrants_of_scores(candidates.perplexity, candidates.entropy, known),
         level=jnp.float32(jnp.nan),
         eligible=eligible_B,
         weight=jnp.where(keep_B, weight_B, 0.0).astype(jnp.float32),

@@ -9,6 +9,12 @@ def stable_ranks(values_B: jax.Array, eligible_B: jax.Array) -> jax.Array:
     return jnp.argsort(jnp.lexsort((values_B, ~eligible_B))).astype(jnp.int32)
 
 
+def quadrants_of_scores(perplexity_B: jax.Array, entropy_B: jax.Array, eligible_B: jax.Array) -> jax.Array:
+    """`median_quadrants` of the scores themselves; those of the ineligible may be anything."""
+    ranks = (stable_ranks(jnp.where(eligible_B, x, 0.0), eligible_B) for x in (perplexity_B, entropy_B))
+    return median_quadrants(*ranks, eligible_B)
+
+
 def median_quadrants(rank_p_B: jax.Array, rank_e_B: jax.Array, eligible_B: jax.Array) -> jax.Array:
     """int32 [B], 1..4 by the medians of perplexity and entropy (high means 2*rank + 1 > n); 0 if not eligible."""
     n = jnp.sum(eligible_B, dtype=jnp.int32)

@@ -1,6 +1,5 @@
 """Whatever a user calls a model, opened for evaluation, scoring or generation: run folder, adapter, HF folder, hub name."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh

@@ -1,9 +1,7 @@
 """Small Hugging Face folders written with safetensors alone, names spelled out by hand."""
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -72,20 +70,6 @@ class HFFolder:
 def hf_folder(tmp_path) -> Callable[..., HFFolder]:
     """hf_folder(field=value, ...) -> HFFolder, not written yet."""
     return lambda **changes: HFFolder(tmp_path / "model", **changes)
-
-
-@pytest.fixture
-def run_python() -> Callable[..., str]:
-    """run_python(source, *arguments) -> standard output of a fresh interpreter; fails with its standard error."""
-
-    def run(source: str, *arguments: str) -> str:
-        root = str(Path(__file__).resolve().parents[2])
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-        done = subprocess.run([sys.executable, "-c", source, *arguments], env=env, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
-    return run
 
 
 @pytest.fixture

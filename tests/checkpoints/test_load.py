@@ -236,8 +236,6 @@ def test_random_init_needs_no_weights(hf_folder):
 
 
 _EIGHT_DEVICES = """
-import os
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import sys, jax, numpy as np
 from jax.sharding import Mesh
 from qtjax.checkpoints import assemble, load_pretrained, save_pretrained
@@ -271,7 +269,7 @@ print("as expected")
 def test_sharded_over_eight_devices(hf_folder, tmp_path, run_python):
     """On a (2, 2, 2) mesh: the same values, every byte read once, each device its part; saving them gives the same file."""
     folder = hf_folder().write()
-    assert "as expected" in run_python(_EIGHT_DEVICES, str(folder), str(tmp_path / "out"))
+    assert "as expected" in run_python(_EIGHT_DEVICES, str(folder), str(tmp_path / "out"), devices=8)
     again, first = load_pretrained(tmp_path / "out")[1], load_pretrained(folder)[1]
     jax.tree.map(np.testing.assert_array_equal, again, first)
 
@@ -297,7 +295,7 @@ print(json.dumps(dict(loading=loading, saving=saving, model=sum(leaves), leaf=ma
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory is read and reset through Linux's /proc/self")
 def test_no_second_copy_in_host_memory(hf_folder, tmp_path, run_python):
     """Peak memory while loading is the model and about one leaf, not two models; saving adds less than half a model."""
     small = hf_folder().write().rename(tmp_path / "small")

@@ -1,8 +1,6 @@
 """Checkpoints of a run on a disk that really runs full, while Orbax writes in the background and before it begins."""
 
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp

@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -104,21 +103,12 @@ def test_sparse_export_is_refused_where_there_is_no_sparse_difference(make_run, 
 
 
 @pytest.mark.slow
-def test_a_moved_xlora_run_resumes_evaluates_and_exports(config_of, tmp_path, monkeypatch, capsys):
+def test_a_moved_xlora_run_resumes_evaluates_and_exports(config_of, tmp_path, power_cut, capsys):
     """Its experts are those in the folder that was opened, the old place gone: it ends bitwise as it would have in place, and
     its loss, answers and adapter are the run's; so does the model folder alone, moved out of it."""
     here = config_of("xlora", **{"overlay.fields": "adapters=2 r=2"})
-    true_step = Loop.step
-
-    def step(self, number, last):
-        if self.config.overlay.method == "xlora" and number == 1:
-            raise RuntimeError("power cut")
-        return true_step(self, number, last)
-
-    monkeypatch.setattr(Loop, "step", step)
-    with pytest.raises(RuntimeError):
-        story.run(here, QUIET, quiet=True)
-    monkeypatch.setattr(Loop, "step", true_step)
+    half_way = lambda loop, number: loop.config.overlay.method == "xlora" and number == 1  # noqa: E731
+    power_cut(lambda: story.run(here, QUIET, quiet=True), half_way)
     old, new = tmp_path / "run", tmp_path / "moved"
     shutil.copytree(old, new)
     summary = story.run(here, QUIET, quiet=True)

@@ -1,9 +1,6 @@
 """Laws that hold for every overlay, whatever its method: folding, files, sharding names, gradients, compilation."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -166,14 +163,9 @@ def test_every_trained_array_learns_without_recompiling(params, name):
 
 
 @pytest.mark.slow
-def test_on_eight_devices_every_method_computes_the_same():
+def test_on_eight_devices_every_method_computes_the_same(run_python):
     """Sharded by its base leaves' axes over data, fsdp and tensor: loss within 1e-5, gradients within 1e-4 of their norm."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.overlays.eight_devices"],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}, capture_output=True, text=True, timeout=1500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.split("RESULT")[1])
+    found = json.loads(run_python("tests.overlays.eight_devices", devices=8).split("RESULT")[1])
     assert set(found) == set(NAMES)
     for name, row in found.items():
         assert row["loss"] <= 1e-5 and row["gradient"] <= 1e-4, (name, row)

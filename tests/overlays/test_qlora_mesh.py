@@ -1,15 +1,10 @@
 """A quantised base on eight devices lies cut where whole blocks allow it, and computes the same."""
 
-import subprocess
-import sys
-
 import pytest
 
 pytestmark = pytest.mark.slow
 
 SCRIPT = '''
-import os
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import sys
 import jax, numpy as np
 from jax.sharding import PartitionSpec as P
@@ -49,7 +44,6 @@ print("ok")
 '''
 
 
-def test_a_quantised_base_on_a_mesh(tmp_path):
+def test_a_quantised_base_on_a_mesh(run_python, tmp_path):
     """Loading on a mesh gives the bits of loading on one device, shardings follow the base leaf's axes, logits are the same."""
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == "ok", done.stderr[-2000:]
+    assert run_python(SCRIPT, str(tmp_path), devices=8).strip() == "ok"

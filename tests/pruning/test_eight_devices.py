@@ -1,8 +1,5 @@
 """Pruners decide the same on a batch that lies on one device and on one that is split over eight."""
 
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -36,8 +33,6 @@ print("equal")
 
 
 @pytest.mark.slow
-def test_eight_devices_decide_as_one():
+def test_eight_devices_decide_as_one(run_python):
     """All sample pruners and all token pruners, the batch split over 8 devices: every field of every decision."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and done.stdout.strip().endswith("equal"), done.stderr[-3000:]
+    assert run_python(SCRIPT, devices=8).strip().endswith("equal")

@@ -1,8 +1,5 @@
 """On a mesh of 8 devices the fused head gives the numbers of one device, each device working on its own targets."""
 
-import os
-import subprocess
-import sys
 
 SCRIPT = """
 import jax, jax.numpy as jnp, numpy as np
@@ -52,8 +49,6 @@ print("equal")
 """
 
 
-def test_eight_devices_equal_one():
+def test_eight_devices_equal_one(run_python):
     """Scores, loss and gradients on meshes (8,1,1), (2,2,2), (1,2,4) equal the unsharded ones, also with idle devices and no target."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and done.stdout.strip().endswith("equal"), done.stderr[-3000:]
+    assert run_python(SCRIPT, devices=8).strip().endswith("equal")

@@ -1,9 +1,6 @@
 """DFT and EAFT are the plain loss times a factor held constant, and the nll handed out beside a loss is the scores' nll."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -246,11 +243,9 @@ print("equal")
 
 
 @pytest.mark.slow
-def test_eight_devices_equal_one():
+def test_eight_devices_equal_one(run_python):
     """Loss, nll and gradients on meshes (2,2,2), (8,1,1), (1,2,4) are those of one device; the nll is sharded by rows."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and done.stdout.strip().endswith("equal"), done.stderr[-3000:]
+    assert run_python(SCRIPT, devices=8).strip().endswith("equal")
 
 
 @pytest.mark.parity

@@ -1,9 +1,6 @@
 """One device or eight: the same decisions, losses and updates."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -109,17 +106,16 @@ print("RESULT" + json.dumps({"devices": len(jax.devices()), "compiled": compiled
 """
 
 
-def _run(tmp_path, config, meshes, devices, script=_SCRIPT):
-    file = tmp_path / f"config{devices}.json"
-    file.write_text(to_json(config))
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+@pytest.fixture
+def run_on(run_python, tmp_path):
+    """run_on(config, meshes, devices, script=_SCRIPT) -> what the script prints as its result."""
 
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(file), json.dumps(meshes)],
-        env=os.environ | flags, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.split("RESULT")[1])
+    def run(config, meshes, devices, script=_SCRIPT):
+        file = tmp_path / f"config{devices}.json"
+        file.write_text(to_json(config))
+        return json.loads(run_python(script, str(file), json.dumps(meshes), devices=devices).split("RESULT")[1])
+
+    return run
 
 
 MESHES = {"data": {"data": 8}, "fsdp": {"data": 1, "fsdp": 8}, "mixed": {"data": 2, "fsdp": 2, "tensor": 2}}
@@ -140,7 +136,7 @@ def _assert_same_decision(found, one, name, rel=1e-5):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "eps"), [("none", 1e-8), ("lora", 1e-8), ("none", 1e-3)])
-def test_one_step_is_the_same_on_one_and_on_eight_devices(tiny_config, tmp_path, method, eps):
+def test_one_step_is_the_same_on_one_and_on_eight_devices(tiny_config, run_on, tmp_path, method, eps):
     """Same decisions, losses within 1e-5, gradients and updates within 1e-4, for data, fsdp and tensor meshes of eight.
 
     * The gradient of every entry agrees within 1e-5 of its leaf's largest (measured 8e-7: sums in another order).
@@ -160,8 +156,8 @@ def test_one_step_is_the_same_on_one_and_on_eight_devices(tiny_config, tmp_path,
         "train.warmup_fraction": 0.0, "train.eps": eps, "train.max_steps": 1, "run.folder": str(tmp_path / "run"),
     })  # fmt: skip
     rate = config.train.learning_rate
-    (one,) = _run(tmp_path, config, {"one": {"data": 1}}, 1)["one"]
-    for name, (found,) in _run(tmp_path, config, MESHES, 8).items():
+    (one,) = run_on(config, {"one": {"data": 1}}, 1)["one"]
+    for name, (found,) in run_on(config, MESHES, 8).items():
         _assert_same_decision(found, one, name)
         off = entries = 0
         for path in one["update"]:
@@ -190,7 +186,7 @@ _TWO_STEPS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", _TWO_STEPS)
-def test_two_steps_of_an_overlay_are_the_same_on_one_and_on_eight_devices(tiny_config, tmp_path, method):
+def test_two_steps_of_an_overlay_are_the_same_on_one_and_on_eight_devices(tiny_config, run_on, tmp_path, method):
     """Decisions, noise, the rule after a step and what it keeps: ranks and supports are equal, losses within 1e-5.
 
     * Penalty and gradient norm agree within 1e-4: of DiffPruning they are sums of 3,076 equal numbers, which one device adds
@@ -207,9 +203,9 @@ def test_two_steps_of_an_overlay_are_the_same_on_one_and_on_eight_devices(tiny_c
         "data.eval_fraction": 0.0, "train.rows": 8, "train.shapes": 1, "overlay.method": method, "train.max_steps": 2,
         "overlay.fields": _TWO_STEPS[method], "train.warmup_fraction": 0.0, "train.eps": 1e-3, "run.folder": str(tmp_path / "run"),
     })  # fmt: skip
-    steps = _run(tmp_path, config, {"one": {"data": 1}}, 1)["one"]
+    steps = run_on(config, {"one": {"data": 1}}, 1)["one"]
     assert len(steps) == 2
-    for name, many in _run(tmp_path, config, MESHES, 8).items():
+    for name, many in run_on(config, MESHES, 8).items():
         for n, (one, found) in enumerate(zip(steps, many, strict=True)):
             _assert_same_decision(found, one, f"{name} step {n + 1}", rel=1e-4)
             for kind in ("gradient", "update", "method"):
@@ -240,7 +236,7 @@ def test_two_steps_of_an_overlay_are_the_same_on_one_and_on_eight_devices(tiny_c
     {"prune.score_lag": 1, "prune.batch_size": 20},
     {"overlay.method": "adalora", "overlay.fields": "init_r=4 target_r=2 tinit=1 tfinal=1"},
 ], ids=["score_lag", "adalora"])  # fmt: skip
-def test_a_run_on_eight_devices_survives_a_crash_bitwise(tiny_config, tmp_path, changes):
+def test_a_run_on_eight_devices_survives_a_crash_bitwise(tiny_config, run_on, tmp_path, changes):
     """On data x fsdp, nothing compiles after warm-up, and the restarted run ends the same.
 
     * score_lag with a batch of 20 padded to 24: pending scores travel in the checkpoint.
@@ -250,7 +246,7 @@ def test_a_run_on_eight_devices_survives_a_crash_bitwise(tiny_config, tmp_path, 
         "data.eval_fraction": 0.0, "train.rows": 8, "train.shapes": 1, "run.folder": str(tmp_path / "run"),
     } | changes)  # fmt: skip
     mesh = {"data": 4, "fsdp": 2}
-    found = _run(tmp_path, config, mesh, 8, _CRASH_SCRIPT)
+    found = run_on(config, mesh, 8, _CRASH_SCRIPT)
     assert found == {"devices": 8, "compiled": [], "crashed": True, "differ": []}
     assert load_run(f"{config.run.folder}broken")[0].mesh.data == 4  # read back on the one device here
 

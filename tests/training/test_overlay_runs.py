@@ -13,7 +13,6 @@ from qtjax.data.prepare import training_rows
 from qtjax.errors import QtjaxError
 from qtjax.overlays import METHODS, init_overlay
 from qtjax.training import story
-from qtjax.training.loop import Loop
 from qtjax.training.restore import load_run
 from qtjax.training.run import open_session, train_steps
 from qtjax.training.run_folder import RunFolder, read_metrics
@@ -54,23 +53,13 @@ def test_every_method_trains_by_its_name(config_of, method):
         jax.tree.map(np.testing.assert_array_equal, loaded.params, trained.params)
 
 
-def test_adalora_prunes_on_schedule_and_resumes_bitwise(config_of, tmp_path, monkeypatch):
+def test_adalora_prunes_on_schedule_and_resumes_bitwise(config_of, tmp_path, power_cut):
     """Its penalty is logged, its ranks fall to the budget, and a run that crashed keeps its averages and its masks."""
     whole = config_of("adalora", **{"train.epochs": 2.0, "run.folder": str(tmp_path / "whole"), "data.eval_fraction": 0.0})
     story.run(whole, QUIET, quiet=True)
     assert all(m["penalty"] > 0 for m in read_metrics(whole.run.folder))
     broken = config_of("adalora", **{"train.epochs": 2.0, "run.folder": str(tmp_path / "broken"), "data.eval_fraction": 0.0})
-    true_step = Loop.step
-
-    def step(self, number, last):
-        if number == 5:
-            raise RuntimeError("power cut")
-        return true_step(self, number, last)
-
-    monkeypatch.setattr(Loop, "step", step)
-    with pytest.raises(RuntimeError):
-        story.run(broken, QUIET, quiet=True)
-    monkeypatch.setattr(Loop, "step", true_step)
+    power_cut(lambda: story.run(broken, QUIET, quiet=True), lambda loop, number: number == 5)
     story.run(broken, QUIET, quiet=True)
     trees = [flatten(load_run(c.run.folder)[3].params) for c in (whole, broken)]
     for path in trees[0]:
@@ -80,22 +69,17 @@ def test_adalora_prunes_on_schedule_and_resumes_bitwise(config_of, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_xlora_trains_its_experts_first_and_resumes(config_of, monkeypatch):
+def test_xlora_trains_its_experts_first_and_resumes(config_of, power_cut):
     """Two experts on a half of the rows each, then the classifier over them, frozen; a stop in between loses nothing."""
     config = config_of("xlora", **{"run.export": True})
-    true_step, calls = Loop.step, []
+    calls = []
 
-    def step(self, number, last):
-        calls.append(self.config.overlay.method)
-        if calls.count("xlora") == 1:
-            raise RuntimeError("power cut")
-        return true_step(self, number, last)
+    def classifier_begins(loop, number):
+        calls.append(loop.config.overlay.method)
+        return calls[-1] == "xlora"
 
-    monkeypatch.setattr(Loop, "step", step)
-    with pytest.raises(RuntimeError):
-        story.run(config, QUIET, quiet=True)
+    power_cut(lambda: story.run(config, QUIET, quiet=True), classifier_begins)
     assert calls.count("lora") == 2 * 2
-    monkeypatch.setattr(Loop, "step", true_step)
     summary = story.run(config, QUIET, quiet=True)
     folder = Path(config.run.folder)
     _, model_config, params, overlay = load_run(folder)
@@ -143,7 +127,7 @@ def _two_full_steps(config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_under_full_data(config_of, tmp_path, monkeypatch, task_rows, tiny_model, method):
+def test_every_method_trains_under_full_data(config_of, tmp_path, power_cut, task_rows, tiny_model, method):
     """prune.sample_pruner none: both steps train on all targets, every trainable leaf moves.
 
     For methods that keep something of their own (averages and masks, a projection, an encoder, tasks by a column) a run
@@ -174,17 +158,8 @@ def test_every_method_trains_under_full_data(config_of, tmp_path, monkeypatch, t
         assert np.isfinite(flatten(after.trainable)[path]).all() and (flatten(after.trainable)[path] != start).any(), path
     if method not in ("adalora", "ptuning", "diffprune", "poly"):
         return
-    true_step, broken = Loop.step, config_of(method, **own, **{"run.folder": str(tmp_path / "broken")})
-
-    def step(self, number, last):
-        if number == 1:
-            raise RuntimeError("power cut")
-        return true_step(self, number, last)
-
-    monkeypatch.setattr(Loop, "step", step)
-    with pytest.raises(RuntimeError):
-        _two_full_steps(broken)
-    monkeypatch.setattr(Loop, "step", true_step)
+    broken = config_of(method, **own, **{"run.folder": str(tmp_path / "broken")})
+    power_cut(lambda: _two_full_steps(broken), lambda loop, number: number == 1)
     restored, resumed, again = _two_full_steps(broken)
     jax.tree.map(np.testing.assert_array_equal, resumed, after)
     assert [m["loss"] for m in again] == [m["loss"] for m in metrics]

@@ -29,10 +29,6 @@ QUIET = Console(quiet=True)
 FAST = {"data.eval_fraction": 0.0, "run.tensorboard": True}
 
 
-class Crash(Exception):
-    """Stands for a power cut: nothing after it runs."""
-
-
 def trail(folder) -> tuple[list[dict], list, dict[str, np.ndarray]]:
     """What must not depend on interruptions: metrics without clocks, EU records, final parameters."""
     metrics = [{k: v for k, v in m.items() if k != "time" and not k.startswith("seconds_")} for m in read_metrics(folder)]
@@ -51,24 +47,14 @@ def assert_same(folder, reference) -> None:
         np.testing.assert_array_equal(params[path], params_r[path], err_msg=path)
 
 
-def test_a_crashed_run_ends_bitwise_like_one_never_interrupted(tiny_config, tmp_path, monkeypatch):
+def test_a_crashed_run_ends_bitwise_like_one_never_interrupted(tiny_config, tmp_path, power_cut, monkeypatch):
     """Crashes between checkpoints, twice: the restarted run repeats the lost steps with the same data and decisions."""
     whole = tiny_config(**FAST, **{"run.folder": str(tmp_path / "whole")})
     story.run(whole, QUIET, quiet=True)
     reference = trail(whole.run.folder)
     broken = tiny_config(**FAST, **{"run.folder": str(tmp_path / "broken")})
-    true_step = Loop.step
-    for crash_at in (1, 4):  # before the first checkpoint (step 3) and after it
-
-        def step(self, number, last, crash_at=crash_at):
-            if number == crash_at:
-                raise Crash
-            return true_step(self, number, last)
-
-        monkeypatch.setattr(Loop, "step", step)
-        with pytest.raises(Crash):
-            story.run(broken, QUIET, quiet=True)
-    monkeypatch.setattr(Loop, "step", true_step)
+    for at in (1, 4):  # before the first checkpoint (step 3) and after it
+        power_cut(lambda: story.run(broken, QUIET, quiet=True), lambda loop, number, at=at: number == at)
     summary = story.run(broken, QUIET, quiet=True)
     assert_same(broken.run.folder, reference)
     assert summary["steps"] == len(reference[0])
@@ -83,47 +69,27 @@ def test_a_crashed_run_ends_bitwise_like_one_never_interrupted(tiny_config, tmp_
         story.run(other, QUIET, quiet=True)
 
 
-def test_a_crashed_run_with_lagged_scores_ends_bitwise_like_one_never_interrupted(tiny_config, tmp_path, monkeypatch):
+def test_a_crashed_run_with_lagged_scores_ends_bitwise_like_one_never_interrupted(tiny_config, tmp_path, power_cut):
     """score_lag: the scores of the next batch travel in the checkpoint, since the weights that gave them are gone."""
     lag = {"prune.score_lag": 1, "prune.batch_size": 20}
     whole = tiny_config(**FAST, **lag, **{"run.folder": str(tmp_path / "whole")})
     story.run(whole, QUIET, quiet=True)
     reference = trail(whole.run.folder)
     broken = tiny_config(**FAST, **lag, **{"run.folder": str(tmp_path / "broken")})
-    true_step = Loop.step
-    for crash_at in (1, 3, 5):  # before the first checkpoint, right after it (step 3), and between two
-
-        def step(self, number, last, crash_at=crash_at):
-            if number == crash_at:
-                raise Crash
-            return true_step(self, number, last)
-
-        monkeypatch.setattr(Loop, "step", step)
-        with pytest.raises(Crash):
-            story.run(broken, QUIET, quiet=True)
+    for at in (1, 3, 5):  # before the first checkpoint, right after it (step 3), and between two
+        power_cut(lambda: story.run(broken, QUIET, quiet=True), lambda loop, number, at=at: number == at)
     saved = Path(broken.run.folder) / "checkpoints"
     assert [p.name for p in saved.iterdir() if (p / "pending").is_dir()] == ["3"]
     assert load_run(broken.run.folder)[0] == broken  # exported or evaluated half-way, nobody asks what was pending
-    monkeypatch.setattr(Loop, "step", true_step)
     story.run(broken, QUIET, quiet=True)
     assert_same(broken.run.folder, reference)
     assert not (saved / "6" / "pending").exists()  # the last step has no next batch
 
 
-def test_a_damaged_checkpoint_is_skipped_and_other_data_is_refused(tiny_config, tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_is_skipped_and_other_data_is_refused(tiny_config, tmp_path, power_cut):
     """A truncated or empty newest checkpoint falls back to the one before it; changed data is an error, not a mix."""
     config = tiny_config(**FAST, **{"train.checkpoint_every": 2})
-    true_step = Loop.step
-
-    def step(self, number, last):
-        if number == 5:
-            raise Crash
-        return true_step(self, number, last)
-
-    monkeypatch.setattr(Loop, "step", step)
-    with pytest.raises(Crash):
-        story.run(config, QUIET, quiet=True)
-    monkeypatch.setattr(Loop, "step", true_step)
+    power_cut(lambda: story.run(config, QUIET, quiet=True), lambda loop, number: number == 5)
     checkpoints = Path(config.run.folder) / "checkpoints"
     assert sorted(p.name for p in checkpoints.iterdir() if p.name.isdigit()) == ["2", "4"]
     for file in (checkpoints / "4").rglob("*"):

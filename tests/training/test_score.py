@@ -1,10 +1,6 @@
 """eu_scores equals a plain log-softmax over full logits, however the samples are padded or packed."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -141,19 +137,9 @@ def test_rated_rows_are_score_rows_and_a_rating(params, samples):
 
 
 @pytest.mark.slow
-def test_rated_rows_on_eight_devices():
+def test_rated_rows_on_eight_devices(run_python):
     """Scores and ratings with data x fsdp x tensor = 2 x 2 x 2 are those of one device; no array is gathered whole."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.training.eight_devices"],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    out = json.loads(done.stdout.splitlines()[-1])
+    out = json.loads(run_python("tests.training.eight_devices", devices=8).splitlines()[-1])
     assert set(out) == set(models.RATERS)
     for found in out.values():
         np.testing.assert_allclose(found["mesh"], found["one"], rtol=1e-4, atol=1e-6)
