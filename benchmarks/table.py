@@ -1,7 +1,10 @@
 """Does pruning help, how much, with what: pruners x budgets x seeds on one model and data set, as the paper's Table 1 does.
 
     python -m benchmarks.table --config configs/smol.py --out runs/table                 # the paper's pairings, 5 seeds
-    python -m benchmarks.table --config configs/smol.py --out runs/table --pairs q-tuning:q-tuning,random:random --seeds 3
+    python -m benchmarks.table --config configs/smol.py --out runs/policy --budgets 25x50 \\
+        --pairs q-tuning:q-tuning,q-tuning:q-tuning+policy=article,q-tuning:q-tuning+mode=drop
+    python -m benchmarks.table --config configs/smol.py --out runs/noise --budgets 25x50 --noise 0,10,30,50 \\
+        --pairs q-tuning:q-tuning,random:random
 
 All runs follow one another in this process and share compiled programs; --out holds every finished run, so that a stopped
 table goes on. Beside the pairings stand full data after equal steps, and full data stopped at the wall clock of Q-Tuning
@@ -14,7 +17,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,14 +26,17 @@ from rich.console import Console
 from scipy import stats
 
 from benchmarks.machine import machine
+from benchmarks.noise import write_noisy
 from qtjax import evals
 from qtjax.atomic import write_atomic, write_json
 from qtjax.config import SAMPLE_PRUNERS, TOKEN_PRUNERS, Config, load_config, override, validate
+from qtjax.data.prepare import training_rows
 from qtjax.errors import QtjaxError, door, near_names
+from qtjax.flags import typed
 from qtjax.report.totals import totals
 from qtjax.train import use_compile_cache
 from qtjax.training import story
-from qtjax.training.run import open_session, train_steps
+from qtjax.training.run import Session, open_session, train_steps
 from qtjax.training.run_folder import RunFolder
 
 PAPER = "q-tuning:q-tuning," + ",".join(
@@ -41,91 +47,156 @@ PAPER = "q-tuning:q-tuning," + ",".join(
 FULL, EQUAL_TIME, Q_TUNING = "full data", "full data, equal time", "q-tuning:q-tuning"
 
 
+class Column(NamedTuple):
+    """A budget "25x50", in per cent of samples and target tokens, and the share of injected wrong answers, "30" in per cent."""
+
+    budget: str
+    noise: str = ""
+
+    def __str__(self) -> str:
+        return self.budget + (f", {self.noise} % wrong" if self.noise else "")
+
+
 class Cell(NamedTuple):
-    """One place of the table: a pair "sample:token" or a row of full data, at a budget "25x50" ("" for full data)."""
+    """One place of the table: a row (a pair "sample:token+field=value..." or full data) and a column."""
 
     pair: str
-    budget: str
+    column: Column
 
     def key(self, seed: int) -> str:
-        return f"{self.pair} | {self.budget} | seed {seed}"
+        return " | ".join([self.pair, self.column.budget, *([f"noise {self.column.noise}"] if self.column.noise else []), f"seed {seed}"])
 
 
-def parse_pairs(text: str) -> list[str]:
-    """"random:perplexity,..." as given. Raises QtjaxError for an unknown pruner, with near names."""
+def full(column: Column) -> Cell:
+    """Full data, which has no budget."""
+    return Cell(FULL, Column("", column.noise))
+
+
+def settings_of(pair: str, config: Config) -> dict[str, Any]:
+    """{"prune.policy": "article", ...} of "q-tuning:q-tuning+policy=article"; a name without a section is of `prune`.
+
+    Raises QtjaxError for an unknown pruner or field, with near names, and for a value of another type.
+    """
+    names, *changes = pair.split("+")
+    pruners = names.split(":")
+    if len(pruners) != 2:
+        raise QtjaxError(f"--pairs {pair!r}: must be SAMPLE:TOKEN, for example random:perplexity")
+    for name, known in zip(pruners, (SAMPLE_PRUNERS, TOKEN_PRUNERS)):
+        if name not in known:
+            raise QtjaxError(f"--pairs {pair!r}: {name!r} must be one of {', '.join(known)}{near_names(name, known)}")
+    out: dict[str, Any] = {"prune.sample_pruner": pruners[0], "prune.token_pruner": pruners[1]}
+    known = config.flat()
+    for change in changes:
+        name, _, value = change.partition("=")
+        name = name if "." in name else f"prune.{name}"
+        if name not in known:
+            raise QtjaxError(f"--pairs {pair!r}: {name}: no such field{near_names(name, known)}")
+        out[name] = typed(f"--pairs {pair!r}: {name} =", type(known[name]), value, name)
+    return out
+
+
+def parse_pairs(text: str, config: Config) -> list[str]:
+    """"random:perplexity,..." as given. Raises QtjaxError as `settings_of`."""
     pairs = [pair.strip() for pair in text.split(",") if pair.strip()]
     for pair in pairs:
-        names = pair.split(":")
-        if len(names) != 2:
-            raise QtjaxError(f"--pairs {pair!r}: must be SAMPLE:TOKEN, for example random:perplexity")
-        for name, known in zip(names, (SAMPLE_PRUNERS, TOKEN_PRUNERS)):
-            if name not in known:
-                raise QtjaxError(f"--pairs {pair!r}: {name!r} must be one of {', '.join(known)}{near_names(name, known)}")
+        validate(override(config, settings_of(pair, config)))
     return pairs
 
 
-def parse_budgets(text: str) -> list[str]:
-    """"12.5x50,25x50" as given. Raises QtjaxError for what is no percentage above 0 and at most 100."""
-    budgets = [budget.strip() for budget in text.split(",") if budget.strip()]
-    for budget in budgets:
-        parts = budget.split("x")
-        if len(parts) != 2 or not all(_is_share(part) for part in parts):
-            raise QtjaxError(f"--budgets {budget!r}: must be SAMPLESxTOKENS in per cent, above 0 and at most 100, for example 25x50")
-    return budgets
+def parse_shares(flag: str, text: str, parts: int, least: float) -> list[str]:
+    """"12.5x50,25x50" as given. Raises QtjaxError for what is not `parts` percentages from `least` to 100."""
+
+    def holds(share: str) -> bool:
+        try:
+            return float(share) <= 100 and (float(share) > 0 or least == 0 == float(share))
+        except ValueError:
+            return False
+
+    shares = [share.strip() for share in text.split(",") if share.strip()]
+    for share in shares:
+        if len(share.split("x")) != parts or not all(map(holds, share.split("x"))):
+            rule = "SAMPLESxTOKENS in per cent, above 0 and at most 100, for example 25x50" if parts == 2 else "per cent from 0 to 100"
+            raise QtjaxError(f"--{flag} {share!r}: must be {rule}")
+    return shares
 
 
-def _is_share(text: str) -> bool:
-    try:
-        return 0 < float(text) <= 100
-    except ValueError:
-        return False
-
-
-def configured(config: Config, cell: Cell, seed: int, folder: Path, steps: int = 0) -> Config:
-    """One run's config. Args: steps: of full data stopped early; 0: all."""
+def configured(config: Config, cell: Cell, seed: int, folder: Path, *, data_path: str = "", steps: int = 0) -> Config:
+    """One run's config. Args: data_path: in place of the config's; steps: of full data stopped early; 0: all."""
     changes: dict[str, Any] = {
         "train.seed": seed, "train.compare_full_data": 0, "run.folder": str(folder), "run.tensorboard": False, "run.export": False,
         "train.checkpoint_every": 10**6, "run.compile_cache": str(folder.parent / "compile_cache"),
     }  # fmt: skip
+    changes |= {"data.path": data_path} if data_path else {}
     if cell.pair in (FULL, EQUAL_TIME):
         changes |= {"prune.sample_pruner": "none", "prune.token_pruner": "none"}
         changes |= {"train.max_steps": steps} if steps else {}
     else:
-        (sample, token), shares = cell.pair.split(":"), [float(part) / 100 for part in cell.budget.split("x")]
-        changes |= {"prune.sample_pruner": sample, "prune.token_pruner": token}
-        changes |= {"prune.sample_keep": shares[0], "prune.token_keep": shares[1]}
+        shares = [float(part) / 100 for part in cell.column.budget.split("x")]
+        changes |= {"prune.sample_keep": shares[0], "prune.token_keep": shares[1]} | settings_of(cell.pair, config)
     return validate(override(config, changes))
 
 
-def run_one(config: Config) -> dict[str, Any]:
-    """Trains and evaluates; what the table and its readers need of it."""
+def run_one(config: Config, choice: Sequence[str] = ()) -> dict[str, Any]:
+    """Trains and evaluates; what the table and its readers need of it. choice: files of multiple-choice questions."""
     folder_path = Path(config.run.folder)
     shutil.rmtree(folder_path, ignore_errors=True)  # what an interrupted run left
-    quiet = Console(quiet=True)
     with RunFolder.open(config) as folder:
-        session = open_session(config, folder, quiet)
+        session = open_session(config, folder, Console(quiet=True))
         train_steps(session, folder, quiet=True)
-        params, overlay = session.model.subject.join(session.loop.state.trainable, session.loop.frozen)
-        found = {}
-        if session.held_out is not None:
-            found = evals.evaluate(
-                config, session.model.config, params, session.tokenizer, session.held_out, overlay=overlay, mesh=session.mesh,
-                progress=False,
-            )  # fmt: skip
+        found = evaluated(config, session, choice)
         folder.flush()
-        metrics = folder.read_metrics()
+        metrics, records = folder.read_metrics(), folder.read_samples()
         provenance = story.provenance(session, folder)
+        quadrants = quadrants_by_provenance(config, records) if provenance else None
         session.close()
     done = totals(metrics)
-    correlations = [m["spearman"] for m in metrics if m.get("spearman") is not None]
     shutil.rmtree(folder_path)
-    return {
-        "loss": found["loss"].loss if "loss" in found else None,
-        "exact_match": found["exact_match"].accuracy if "exact_match" in found else None,
+    return found | {
         "seconds": {name: round(value, 3) for name, value in done["seconds"].items()}, "steps": done["steps"], "samples": done["samples"],
-        "tokens": done["tokens"] | {"trained": sum(m["trained_tokens"] for m in metrics)}, "closing": done["closing"],
-        "spearman": float(np.mean(correlations)) if correlations else None, "provenance": provenance,
+        "tokens": done["tokens"] | {"trained": sum(m["trained_tokens"] for m in metrics)}, "closing": done["closing"], "fill": done["fill"],
+        "by_epoch": {name: by_epoch(metrics, name, config) for name in ("spearman", "level")},
+        "provenance": provenance, "quadrants": quadrants,
     }  # fmt: skip
+
+
+def evaluated(config: Config, session: Session, choice: Sequence[str]) -> dict[str, Any]:
+    """loss (nats a token), exact_match, ended (fractions 0-1), tasks {name: accuracy}: None or {} where not asked for."""
+    params, overlay = session.model.subject.join(session.loop.state.trainable, session.loop.frozen)
+    given = {"overlay": overlay, "mesh": session.mesh, "progress": False}
+    out: dict[str, Any] = {"loss": None, "exact_match": None, "ended": None, "tasks": {}}
+    if session.held_out is not None:
+        found = evals.evaluate(config, session.model.config, params, session.tokenizer, session.held_out, **given)
+        out["loss"] = found["loss"].loss
+        if exact := found.get("exact_match"):
+            out |= {"exact_match": exact.accuracy, "ended": exact.ended, "tasks": {t: a for t, (a, _) in exact.by_task.items()}}
+    for file in choice:
+        asked = override(config, {"data.eval_path": file})
+        questions = evals.load_held_out(asked, session.model.config, session.tokenizer, ("choice",))
+        found = evals.evaluate(asked, session.model.config, params, session.tokenizer, questions, **given)
+        out["tasks"][Path(file).stem] = found["choice"].acc_norm
+    return out
+
+
+def by_epoch(metrics: Sequence[dict[str, Any]], name: str, config: Config) -> list[float | None]:
+    """The mean of a metric over the steps of each epoch; None where none has it."""
+    whole = max(1, round(len(metrics) / max(config.train.epochs, 1)))
+    epochs = [metrics[at : at + whole] for at in range(0, len(metrics), whole)]
+    known = [[m[name] for m in epoch if m.get(name) is not None and m[name] == m[name]] for epoch in epochs]
+    return [round(float(np.mean(values)), 4) if values else None for values in known]
+
+
+def quadrants_by_provenance(config: Config, records: Any) -> dict[str, dict[str, list[int]]]:
+    """{"first" | "last": {provenance: samples in median quadrant 0 (not scored), 1, 2, 3, 4}} of the first and last epoch."""
+    rows = training_rows(config.data)
+    origin = {int(index): rows[i]["provenance"] for i, index in enumerate(rows.index)}
+    row, epoch, quadrant = (records[name].to_numpy() for name in ("row", "epoch", "median_quadrant"))
+    kinds = np.array([origin[int(r)] for r in row])
+    return {
+        name: {
+            str(kind): np.bincount(quadrant[(epoch == at) & (kinds == kind)], minlength=5).tolist() for kind in np.unique(kinds)
+        }
+        for name, at in (("first", epoch.min()), ("last", epoch.max()))
+    }
 
 
 def spent(result: dict[str, Any]) -> float:
@@ -136,11 +207,13 @@ def spent(result: dict[str, Any]) -> float:
 class Table:
     """The finished runs of --out, and what is asked of them."""
 
-    def __init__(self, out: Path, config: Config, console: Console):
-        self.out, self.config, self.console, self.file = out, config, console, out / "results.json"
+    def __init__(self, out: Path, config: Config, console: Console, choice: Sequence[str] = ()):
+        self.out, self.config, self.console, self.choice, self.file = out, config, console, choice, out / "results.json"
         out.mkdir(parents=True, exist_ok=True)
-        settings = {n: v for n, v in config.flat().items() if n.split(".")[0] in ("model", "data", "overlay", "train", "eval")}
-        settings |= {n: v for n, v in config.flat().items() if n in ("prune.batch_size", "prune.policy", "prune.supplement", "prune.mode")}
+        settings = {n: v for n, v in config.flat().items() if n.split(".")[0] in ("model", "data", "overlay", "train", "eval", "prune")}
+        for name in ("prune.sample_pruner", "prune.token_pruner", "prune.sample_keep", "prune.token_keep"):
+            settings.pop(name)
+        settings["choice"] = list(choice)
         self.results: dict[str, Any] = {}
         if self.file.is_file():
             known = json.loads(self.file.read_text())
@@ -152,7 +225,8 @@ class Table:
 
     def of(self, cell: Cell) -> list[dict[str, Any]]:
         """The results of a cell, over its seeds."""
-        return [result for key, result in self.results.items() if key.startswith(f"{cell.pair} | {cell.budget} | ")]
+        begin = cell.key(0).removesuffix("0")
+        return [result for key, result in self.results.items() if key.startswith(begin)]
 
     def fill(self, cell: Cell, seed: int, steps: int = 0) -> None:
         """Runs a place of the table unless it is there."""
@@ -160,16 +234,26 @@ class Table:
         if key in self.results:
             return
         begin = time.monotonic()
-        self.results[key] = run_one(configured(self.config, cell, seed, self.out / "run", steps))
-        record = {"settings": self.settings, "machine": machine(), "results": self.results}
-        write_json(self.file, record)
+        data_path = self._noisy(cell.column.noise, seed)
+        config = configured(self.config, cell, seed, self.out / "run", data_path=data_path, steps=steps)
+        self.results[key] = run_one(config, self.choice)
+        write_json(self.file, {"settings": self.settings, "machine": machine(), "results": self.results})
         loss = self.results[key]["loss"]
         self.console.print(f"{key}: loss {loss:.4f}, {time.monotonic() - begin:.0f} s", highlight=False)
 
-    def equal_time_steps(self, budget: str) -> int:
-        """Full-data steps in the median seconds of Q-Tuning at this budget, both as measured here; at least one."""
-        pruned = statistics.median(spent(result) for result in self.of(Cell(Q_TUNING, budget)))
-        step = statistics.median(spent(result) / result["steps"] for result in self.of(Cell(FULL, "")))
+    def _noisy(self, noise: str, seed: int) -> str:
+        """The file of the data with so many per cent of wrong answers, drawn anew for every seed; "" without noise."""
+        if not noise:
+            return ""
+        file = self.out / f"noise-{noise}-{seed}.jsonl"
+        if not file.is_file():
+            write_noisy(self.config.data, float(noise) / 100, seed, file)
+        return str(file)
+
+    def equal_time_steps(self, column: Column) -> int:
+        """Full-data steps in the median seconds of Q-Tuning in this column, both as measured here; at least one."""
+        pruned = statistics.median(spent(result) for result in self.of(Cell(Q_TUNING, column)))
+        step = statistics.median(spent(result) / result["steps"] for result in self.of(full(column)))
         return max(1, int(pruned / step))
 
 
@@ -189,94 +273,178 @@ def shown(values: Sequence[float], form: str, scale: float = 1.0) -> str:
     return format(mean, form) + ("" if np.isnan(width) else f" ± {width:{form}}")
 
 
-def markdown(table: Table, pairs: Sequence[str], budgets: Sequence[str], command: str) -> str:
+def named(pair: str) -> str:
+    """A row's name: "longest x fastv", "q-tuning x q-tuning, policy=article"."""
+    return pair.replace(":", " x ", 1).replace("+", ", ")
+
+
+def markdown(table: Table, pairs: Sequence[str], columns: Sequence[Column], command: str) -> str:
     """The tables as the paper prints them: a row a pair, a column a budget."""
-    full = table.of(Cell(FULL, ""))
-    seeds = max((len(table.of(Cell(pair, budget))) for pair in pairs for budget in budgets), default=0)
+    seeds = max((len(table.of(Cell(pair, column))) for pair in pairs for column in columns), default=0)
     lines = [
         f"`{command}`", "",
         f"{machine()}; mean and 95 % interval (Student's t) over {seeds} seeds; budgets are % of samples x % of target tokens.", "",
     ]  # fmt: skip
-    speed = statistics.median(map(spent, full)) if full else float("nan")
-    parts = {
-        "Held-out loss (nats per token)": lambda rs: shown([r["loss"] for r in rs], ".3f"),
-        "Exact match (%)": lambda rs: shown([r["exact_match"] for r in rs if r["exact_match"] is not None], ".1f", 100),
-        "Share of target tokens trained (%)": lambda rs: shown([r["tokens"]["kept"] / r["tokens"]["seen"] for r in rs], ".1f", 100),
-        "Seconds over full data's (medians; scoring, packing, training)": lambda rs: (
-            f"{statistics.median(map(spent, rs)) / speed:.2f}" if rs else "-"
-        ),
+
+    def seconds(results: Sequence[dict[str, Any]], column: Column) -> str:
+        whole = table.of(full(column))
+        return f"{statistics.median(map(spent, results)) / statistics.median(map(spent, whole)):.2f}" if results and whole else "-"
+
+    def of_field(name: str, form: str, scale: float) -> Callable[[Sequence[dict[str, Any]], Column], str]:
+        return lambda results, _: shown([r[name] for r in results if r[name] is not None], form, scale)
+
+    parts: dict[str, Callable[[Sequence[dict[str, Any]], Column], str]] = {
+        "Held-out loss (nats per token)": of_field("loss", ".3f", 1),
+        "Exact match (%)": of_field("exact_match", ".1f", 100),
+        "Answers that end by themselves (%)": of_field("ended", ".1f", 100),
+        "Share of samples kept (%)": lambda rs, _: shown([r["samples"]["kept"] / r["samples"]["seen"] for r in rs], ".1f", 100),
+        "Share of target tokens trained (%)": lambda rs, _: shown([r["tokens"]["kept"] / r["tokens"]["seen"] for r in rs], ".1f", 100),
+        "Seconds over full data's (medians; scoring, packing, training)": seconds,
     }
+    everything = list(table.results.values())
+    tasks = sorted({task for result in everything for task in result["tasks"]})
+    for task in tasks:
+        parts[f"Accuracy on {task} (%)"] = lambda rs, _, task=task: shown([r["tasks"][task] for r in rs if task in r["tasks"]], ".1f", 100)
     for title, show in parts.items():
-        if "Exact" in title and not any(r["exact_match"] is not None for r in table.results.values()):
+        if title.startswith(("Exact", "Answers")) and all(r["exact_match"] is None for r in everything):
             continue
-        lines += [f"**{title}**", "", f"| pruners | {' | '.join(budgets)} |", "|---|" + "---:|" * len(budgets)]
-        lines += [f"| {pair.replace(':', ' x ')} | {' | '.join(show(table.of(Cell(pair, b))) for b in budgets)} |" for pair in pairs]
-        lines += [f"| {EQUAL_TIME} | {' | '.join(show(table.of(Cell(EQUAL_TIME, b))) for b in budgets)} |"]
-        lines += [f"| {FULL}, equal steps | {show(full)} |" + " |" * (len(budgets) - 1), ""]
-    return "\n".join(lines + provenance_lines(table, pairs, budgets))
+        lines += [f"**{title}**", "", f"| pruners | {' | '.join(map(str, columns))} |", "|---|" + "---:|" * len(columns)]
+        lines += [f"| {named(pair)} | {' | '.join(show(table.of(Cell(pair, c)), c) for c in columns)} |" for pair in pairs]
+        if any(table.of(Cell(EQUAL_TIME, c)) for c in columns):
+            lines += [f"| {EQUAL_TIME} | {' | '.join(show(table.of(Cell(EQUAL_TIME, c)), c) for c in columns)} |"]
+        lines += [f"| {FULL}, equal steps | {' | '.join(show(table.of(full(c)), c) for c in columns)} |", ""]
+    return "\n".join(lines + provenance_lines(table, pairs, columns))
 
 
-def provenance_lines(table: Table, pairs: Sequence[str], budgets: Sequence[str]) -> list[str]:
-    """How many rows of each provenance a pair drops, at the first budget; nothing where the data do not say."""
-    found = {pair: [r["provenance"] for r in table.of(Cell(pair, budgets[0])) if r["provenance"]] for pair in pairs}
-    kinds = sorted({kind for results in found.values() for counts in results for kind in counts})
-    if not kinds:
-        return []
-    lines = [f"**Rows dropped, by provenance (%, at {budgets[0]})**", "", f"| pruners | {' | '.join(kinds)} | all |", "|---|" + "---:|" * (len(kinds) + 1)]
-    for pair, results in found.items():
-        if results:
-            rates = [[1 - counts[kind]["kept"] / counts[kind]["seen"] for counts in results] for kind in kinds]
-            everything = [1 - sum(c["kept"] for c in counts.values()) / sum(c["seen"] for c in counts.values()) for counts in results]
-            lines.append(f"| {pair.replace(':', ' x ')} | {' | '.join(shown(rate, '.1f', 100) for rate in [*rates, everything])} |")
-    return [*lines, ""]
+def provenance_lines(table: Table, pairs: Sequence[str], columns: Sequence[Column]) -> list[str]:
+    """For every provenance but the right ones: recall (of its rows, how many are dropped) and precision (of the dropped rows,
+    how many are of it); nothing where the data do not say."""
+    lines = []
+    for column in columns:
+        found = {pair: [r["provenance"] for r in table.of(Cell(pair, column)) if r["provenance"]] for pair in pairs}
+        kinds = sorted({kind for results in found.values() for counts in results for kind in counts})
+        if not kinds:
+            continue
+        lines += [
+            f"**Rows dropped by provenance, at {column}: of all such rows (%); in brackets, of all dropped rows (%)**", "",
+            f"| pruners | {' | '.join(kinds)} |", "|---|" + "---:|" * len(kinds),
+        ]  # fmt: skip
+        for pair, results in found.items():
+            if results:
+                lines.append(f"| {named(pair)} | {' | '.join(_dropped(results, kind) for kind in kinds)} |")
+        lines.append("")
+    return lines
 
 
-def draw(table: Table, pairs: Sequence[str], budgets: Sequence[str], file: Path) -> None:
-    """Held-out loss against seconds over full data's: a colour a sample pruner, a marker a token pruner, size by budget."""
+def _dropped(results: Sequence[dict[str, Any]], kind: str) -> str:
+    def dropped(counts: dict[str, Any], of: str) -> int:
+        return counts[of]["seen"] - counts[of]["kept"]
+
+    recall = [dropped(counts, kind) / counts[kind]["seen"] for counts in results if counts.get(kind, {}).get("seen")]
+    every = [sum(dropped(counts, each) for each in counts) for counts in results]
+    precision = [dropped(counts, kind) / n for counts, n in zip(results, every) if kind in counts and n]
+    return shown(recall, ".1f", 100) + (f" ({np.mean(precision):.1%})".replace("%", "") if precision else "")
+
+
+PALETTE = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#4D4D4D", "#882255"]
+MARKERS = "o^sDvP*X"
+
+
+def styles(pairs: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """pair -> (colour, marker): of the sample and the token pruner; of the row, where rows differ in more than these."""
+    samples, tokens = (list(dict.fromkeys(pair.split("+")[0].split(":")[i] for pair in pairs)) for i in (0, 1))
+    if any("+" in pair for pair in pairs):
+        return {pair: (PALETTE[i % 8], MARKERS[i // 8 % 8]) for i, pair in enumerate(pairs)}
+    return {
+        pair: (PALETTE[samples.index(sample) % 8], MARKERS[tokens.index(token) % 8])
+        for pair in pairs
+        for sample, token in [pair.split(":")]
+    }
+
+
+def draw(table: Table, pairs: Sequence[str], columns: Sequence[Column], file: Path) -> None:
+    """Held-out loss against seconds over full data's; marks grow with the columns, the dashed line joins the best."""
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
     from qtjax.report.style import INK, save, tidy
 
-    full = table.of(Cell(FULL, ""))
-    speed = statistics.median(map(spent, full))
-    samples, tokens = (list(dict.fromkeys(pair.split(":")[i] for pair in pairs)) for i in (0, 1))
-    palette = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#4D4D4D", "#882255"]
-    colors = {name: palette[i % len(palette)] for i, name in enumerate(samples)}
-    markers = {name: "o^sDvP*X"[i % 8] for i, name in enumerate(tokens)}
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes = figure.add_subplot()
     tidy(axes)
     best: list[tuple[float, float]] = []
-    for pair in [*pairs, EQUAL_TIME]:
-        for size, budget in enumerate(budgets):
-            results = table.of(Cell(pair, budget))
-            if not results:
+    looks = styles(pairs)
+    for pair in [*pairs, EQUAL_TIME, FULL]:
+        color, marker = looks.get(pair, (INK, "*" if pair == FULL else "_"))
+        for size, column in enumerate(columns):
+            results, whole = table.of(full(column) if pair == FULL else Cell(pair, column)), table.of(full(column))
+            if not results or not whole:
                 continue
-            x = statistics.median(map(spent, results)) / speed
+            x = statistics.median(map(spent, results)) / statistics.median(map(spent, whole))
             mean, width = interval([r["loss"] for r in results])
             best.append((x, mean))
-            sample, token = pair.split(":") if ":" in pair else ("", "")
             axes.errorbar(
-                x, mean, yerr=None if np.isnan(width) else width, color=colors.get(sample, INK), marker=markers.get(token, "_"),
-                markersize=5 + 2 * size, elinewidth=0.8, alpha=0.85, linestyle="none",
+                x, mean, yerr=None if np.isnan(width) else width, color=color, marker=marker,
+                markersize=12 if pair == FULL else 5 + 2 * size, elinewidth=0.8, alpha=0.85, linestyle="none",
             )  # fmt: skip
-    mean, width = interval([r["loss"] for r in full])
-    axes.errorbar(1, mean, yerr=None if np.isnan(width) else width, color=INK, marker="*", markersize=13, linestyle="none")
     front, low = [], float("inf")
-    for x, y in sorted([*best, (1.0, mean)]):
+    for x, y in sorted(best):
         if y < low:
             low = y
             front.append((x, y))
     axes.plot(*zip(*front), color="#9A9A9A", linewidth=1, linestyle="--", zorder=1)
-    handles = [Line2D([], [], color=color, marker="o", linestyle="none", label=f"samples: {name}") for name, color in colors.items()]
-    handles += [Line2D([], [], color="#777777", marker=mark, linestyle="none", label=f"tokens: {name}") for name, mark in markers.items()]
-    handles += [Line2D([], [], color=INK, marker="*", markersize=11, linestyle="none", label=FULL)]
-    handles += [Line2D([], [], color=INK, marker="_", linestyle="none", label=EQUAL_TIME)]
-    axes.legend(handles=handles, fontsize=8, ncols=2, frameon=False)
+    axes.legend(handles=_handles(pairs, looks), fontsize=8, ncols=2, frameon=False)
     axes.set_xlabel("seconds of scoring, packing and training over full data's (medians)")
     axes.set_ylabel("held-out loss (nats per token)")
-    axes.set_title(f"Quality against seconds; larger marks: larger budgets ({', '.join(budgets)})", fontsize=11, loc="left")
+    axes.set_title(f"Quality against seconds; marks grow with the columns: {'; '.join(map(str, columns))}", fontsize=11, loc="left")
+    save(figure, file)
+
+
+def _handles(pairs: Sequence[str], looks: dict[str, tuple[str, str]]) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    from qtjax.report.style import INK
+
+    def mark(label: str, color: str, marker: str) -> Line2D:
+        return Line2D([], [], color=color, marker=marker, linestyle="none", label=label)
+
+    ends = [mark(FULL, INK, "*"), mark(EQUAL_TIME, INK, "_")]
+    if any("+" in pair for pair in pairs):
+        return [mark(named(pair), *looks[pair]) for pair in pairs] + ends
+    samples = {pair.split(":")[0]: looks[pair][0] for pair in pairs}
+    tokens = {pair.split(":")[1]: looks[pair][1] for pair in pairs}
+    return (
+        [mark(f"samples: {name}", color, "o") for name, color in samples.items()]
+        + [mark(f"tokens: {name}", "#777777", marker) for name, marker in tokens.items()]
+        + ends
+    )
+
+
+def draw_noise(table: Table, pairs: Sequence[str], columns: Sequence[Column], file: Path) -> None:
+    """Held-out loss against the share of wrong answers; a panel a budget."""
+    from matplotlib.figure import Figure
+
+    from qtjax.report.style import INK, save, tidy
+
+    budgets = list(dict.fromkeys(column.budget for column in columns))
+    figure = Figure(figsize=(5 * len(budgets) + 3, 5), layout="constrained")
+    looks = styles(pairs)
+    for panel, budget in enumerate(budgets):
+        axes = figure.add_subplot(1, len(budgets), panel + 1)
+        tidy(axes)
+        for pair in [*pairs, EQUAL_TIME, FULL]:
+            own = [c for c in columns if c.budget == budget and table.of(full(c) if pair == FULL else Cell(pair, c))]
+            if not own:
+                continue
+            means, widths = zip(*(interval([r["loss"] for r in table.of(full(c) if pair == FULL else Cell(pair, c))]) for c in own))
+            color, marker = looks.get(pair, (INK, "*" if pair == FULL else "_"))
+            axes.errorbar(
+                [float(c.noise) for c in own], means, yerr=None if np.isnan(widths).any() else widths, color=color, marker=marker,
+                linestyle="--" if pair in (FULL, EQUAL_TIME) else "-", capsize=2, label=named(pair),
+            )  # fmt: skip
+        axes.set_xlabel("rows with another row's answer (%)")
+        axes.set_ylabel("held-out loss (nats per token)")
+        axes.set_title(budget, loc="left", fontsize=11)
+        axes.legend(fontsize=8, frameon=False)
     save(figure, file)
 
 
@@ -287,8 +455,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv,
         {
             "out": ("", "folder of the table; a stopped one goes on"),
-            "pairs": (PAPER, "SAMPLE:TOKEN pruners, comma-separated"),
+            "pairs": (PAPER, "SAMPLE:TOKEN pruners, comma-separated; +field=value after a pair sets what else it differs in"),
             "budgets": ("12.5x50,25x50,25x70,50x70", "per cent of samples x per cent of target tokens, comma-separated"),
+            "noise": ("", "per cent of the rows that get another row's answer, comma-separated; empty: the data as they are"),
+            "choice": ("", "files of multiple-choice questions, comma-separated, at most eval.max_samples of each"),
             "seeds": (5, "seeds 0, 1, ... of each"),
         },
     )
@@ -296,23 +466,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise QtjaxError("--out: is missing; give a folder for the table")
     if own["seeds"] < 1:
         raise QtjaxError(f"--seeds = {own['seeds']}: must be 1 or more")
-    pairs, budgets, console = parse_pairs(own["pairs"]), parse_budgets(own["budgets"]), Console(stderr=True)
+    pairs, console = parse_pairs(own["pairs"], config), Console(stderr=True)
+    budgets, noises = parse_shares("budgets", own["budgets"], 2, 1), parse_shares("noise", own["noise"], 1, 0)
+    columns = [Column(budget, noise) for budget in budgets for noise in noises or [""]]
     out = Path(own["out"])
-    table = Table(out, config, console)
+    table = Table(out, config, console, [file.strip() for file in own["choice"].split(",") if file.strip()])
     use_compile_cache(override(config, {"run.compile_cache": str(out / "compile_cache")}))
     for seed in range(own["seeds"]):  # all places once before any place twice: a table that is stopped is thin, not half
-        table.fill(Cell(FULL, ""), seed)
-        for budget in budgets:
+        for column in columns:
+            table.fill(full(column), seed)
             for pair in pairs:
-                table.fill(Cell(pair, budget), seed)
+                table.fill(Cell(pair, column), seed)
     if Q_TUNING in pairs:
-        for budget in budgets:
-            steps = table.equal_time_steps(budget)
+        for column in columns:
+            steps = table.equal_time_steps(column)
             for seed in range(own["seeds"]):
-                table.fill(Cell(EQUAL_TIME, budget), seed, steps)
-    text = markdown(table, pairs, budgets, "python -m benchmarks.table " + " ".join(argv if argv is not None else sys.argv[1:]))
+                table.fill(Cell(EQUAL_TIME, column), seed, steps)
+    text = markdown(table, pairs, columns, "python -m benchmarks.table " + " ".join(argv if argv is not None else sys.argv[1:]))
     write_atomic(out / "table.md", text + "\n")
-    draw(table, pairs, budgets, out / "pareto.png")
+    draw(table, pairs, columns, out / "pareto.png")
+    if noises:
+        draw_noise(table, pairs, columns, out / "noise.png")
     print(text)
 
 

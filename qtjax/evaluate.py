@@ -74,7 +74,7 @@ def results_table(results: dict[str, Any], name: str) -> Table:
         table.add_row("perplexity", f"{r.perplexity:.3f}", "")
     if "exact_match" in results:
         r = results["exact_match"]
-        table.add_row("exact match", f"{r.accuracy:.1%}", f"{r.count:,} answers")
+        table.add_row("exact match", f"{r.accuracy:.1%}", f"{r.count:,} answers, {r.ended:.1%} ended by themselves")
         for task, (accuracy, count) in r.by_task.items():
             table.add_row(f"  {task}", f"{accuracy:.1%}", f"{count:,}")
     if "choice" in results:

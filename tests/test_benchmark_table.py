@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from benchmarks import table
+from benchmarks import noise, table
 from rich.console import Console
 
-from qtjax.config import Config, override
+from qtjax.config import Config, DataSection, override
 from qtjax.errors import QtjaxError
+from qtjax.smol.instruct import load_rows
 
 
 def test_interval_by_hand():
@@ -19,34 +20,40 @@ def test_interval_by_hand():
 
 def test_a_cell_s_config_holds_its_pair_budget_and_seed(tmp_path):
     """12.5x50 is 0.125 and 0.5; full data prunes nothing and stops where it is told."""
-    made = table.configured(Config(), table.Cell("longest:fastv", "12.5x50"), 3, tmp_path / "run")
+    made = table.configured(Config(), table.Cell("longest:fastv", table.Column("12.5x50")), 3, tmp_path / "run")
     assert (made.prune.sample_pruner, made.prune.token_pruner) == ("longest", "fastv")
     assert (made.prune.sample_keep, made.prune.token_keep, made.train.seed) == (0.125, 0.5, 3)
-    full = table.configured(Config(), table.Cell(table.EQUAL_TIME, "25x50"), 0, tmp_path / "run", steps=7)
+    full = table.configured(Config(), table.Cell(table.EQUAL_TIME, table.Column("25x50")), 0, tmp_path / "run", steps=7)
     assert (full.prune.sample_pruner, full.prune.token_pruner, full.train.max_steps) == ("none", "none", 7)
+    row = "q-tuning:q-tuning+policy=article+neighbor_weight=0.25+train.loss=dft"
+    made = table.configured(Config(), table.Cell(row, table.Column("25x50")), 0, tmp_path / "run")
+    assert (made.prune.policy, made.prune.neighbor_weight, made.train.loss) == ("article", 0.25, "dft")
 
 
 def result(loss, seconds, steps=10):
-    return {"loss": loss, "exact_match": None, "seconds": {"scoring": seconds / 2, "training": seconds / 2}, "steps": steps,
-            "tokens": {"kept": 1, "seen": 4}, "provenance": None}  # fmt: skip
+    return {"loss": loss, "exact_match": None, "ended": None, "tasks": {}, "steps": steps, "tokens": {"kept": 1, "seen": 4},
+            "seconds": {"scoring": seconds / 2, "training": seconds / 2}, "samples": {"kept": 1, "seen": 4}, "provenance": None}  # fmt: skip
 
 
 def test_full_data_stops_at_the_wall_clock_of_q_tuning(tmp_path):
     """Q-Tuning's median 6 s over a full step's 2 s: three steps."""
     made = table.Table(tmp_path, Config(), Console(quiet=True))
-    made.results = {table.Cell(table.FULL, "").key(s): result(1.0, 20.0) for s in range(3)}
-    made.results |= {table.Cell(table.Q_TUNING, "25x50").key(s): result(1.0, t) for s, t in enumerate((5.0, 6.9, 100.0))}
-    assert made.equal_time_steps("25x50") == 3
+    column = table.Column("25x50")
+    made.results = {table.full(column).key(s): result(1.0, 20.0) for s in range(3)}
+    made.results |= {table.Cell(table.Q_TUNING, column).key(s): result(1.0, t) for s, t in enumerate((5.0, 6.9, 100.0))}
+    made.results[table.Cell(table.Q_TUNING + "+mode=drop", column).key(0)] = result(1.0, 1000.0)
+    made.results[table.Cell(table.Q_TUNING, table.Column("25x50", "30")).key(0)] = result(1.0, 1000.0)
+    assert made.equal_time_steps(column) == 3
 
 
 def test_finished_runs_are_not_repeated_and_other_settings_refused(tmp_path, monkeypatch):
     """A second table over the same folder runs what is missing only; one of another config is an error."""
     ran = []
-    monkeypatch.setattr(table, "run_one", lambda config: ran.append(config.train.seed) or result(1.0, 1.0))
+    monkeypatch.setattr(table, "run_one", lambda config, choice: ran.append(config.train.seed) or result(1.0, 1.0))
     for last in (1, 2):
         made = table.Table(tmp_path, Config(), Console(quiet=True))
         for seed in range(last + 1):
-            made.fill(table.Cell(table.FULL, ""), seed)
+            made.fill(table.full(table.Column("25x50")), seed)
     assert ran == [0, 1, 2] and len(json.loads((tmp_path / "results.json").read_text())["results"]) == 3
     with pytest.raises(QtjaxError, match="another train.learning_rate"):
         table.Table(tmp_path, override(Config(), {"train.learning_rate": 1.0}), Console(quiet=True))
@@ -59,6 +66,10 @@ def test_finished_runs_are_not_repeated_and_other_settings_refused(tmp_path, mon
         (["--pairs", "random"], "must be SAMPLE:TOKEN"),
         (["--budgets", "25x0"], "--budgets '25x0': must be"),
         (["--budgets", "25"], "--budgets '25': must be"),
+        (["--noise", "0,101"], "--noise '101': must be"),
+        (["--pairs", "random:random+polcy=paper"], "prune.polcy: no such field.*prune.policy"),
+        (["--pairs", "random:random+neighbor_weight=x"], "neighbor_weight = 'x': must be a number"),
+        (["--pairs", "random:random+neighbor_weight=2"], "neighbor_weight = 2.0: is a fraction"),
         (["--seeds", "0"], "--seeds = 0"),
     ],
 )
@@ -66,3 +77,55 @@ def test_bad_input_is_one_line(flags, message, tmp_path):
     """Unknown pruners with near names, budgets outside (0, 100], no seed."""
     with pytest.raises(QtjaxError, match=message):
         table.main(["--config", "configs/smol.py", "--out", str(tmp_path), *flags])
+
+
+def test_noise_gives_a_known_share_of_rows_another_row_s_answer(tmp_path):
+    """30 % of smol-instruct's rows without the mislabelled ones: as many are "injected", of the same task, each differs."""
+    data = DataSection(path="smol-instruct", split="train", eval_path="smol-instruct", eval_split="test")
+    noise.write_noisy(data, 0.3, 5, tmp_path / "noisy.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "noisy.jsonl").read_text().splitlines()]
+    original = {row["id"]: row for row in load_rows("train")}
+    assert len(rows) == sum(row["provenance"] != "mislabelled" for row in original.values())
+    wrong = [row for row in rows if row["messages"] != original[row["id"]]["messages"]]
+    assert {row["id"] for row in wrong} == {row["id"] for row in rows if row["provenance"] == noise.INJECTED}
+    assert len(wrong) == round(0.3 * len(rows))
+    answers = {(row["task"], row["messages"][1]["content"]) for row in original.values()}
+    assert all((row["task"], row["messages"][1]["content"]) in answers for row in wrong)
+    noise.write_noisy(data, 0.3, 5, tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "noisy.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    ([{"text": "a"}], "one answer a row"),
+    ([{"prompt": "a", "completion": "x"}, {"prompt": "b", "completion": "x"}], "same answer"),
+])  # fmt: skip
+def test_noise_refuses_rows_that_have_no_wrong_answer(rows, message, tmp_path):
+    """Plain text has no answer; where all answers are alike there is no wrong one."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(QtjaxError, match=message):
+        noise.write_noisy(DataSection(path=str(file), eval_fraction=0.0), 1.0, 0, tmp_path / "noisy.jsonl")
+
+
+def test_provenance_says_recall_and_precision_by_hand():
+    """Of 10 clean rows 4 dropped, of 5 wrong ones 4: half of what is dropped is wrong."""
+    counts = {"clean": {"seen": 10, "kept": 6}, "wrong": {"seen": 5, "kept": 1}}
+    assert table._dropped([counts], "wrong") == "80.0 (50.0)"
+
+
+@pytest.mark.slow
+def test_a_table_of_small_runs_is_written_whole_and_goes_on(tmp_path):
+    """Two pairs, one budget, two levels of noise on 64 rows: every kind of number stands in table.md, both pictures are
+    written, and the second call trains nothing."""
+    flags = ["--config", "configs/smol.py", "--data.max-samples", "64", "--prune.batch-size", "32", "--train.epochs", "1",
+             "--eval.max-samples", "8", "--eval.generate-samples", "8", "--out", str(tmp_path), "--budgets", "50x50", "--noise", "0,50",
+             "--seeds", "1", "--pairs", "q-tuning:q-tuning,random:random+train.loss=dft"]  # fmt: skip
+    table.main(flags)
+    text = (tmp_path / "table.md").read_text()
+    for said in ("random x random, train.loss=dft", "50x50, 50 % wrong", "Answers that end by themselves", "injected", "Accuracy on "):
+        assert said in text
+    assert (tmp_path / "noise.png").stat().st_size and (tmp_path / "pareto.png").stat().st_size
+    done = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert len(done) == 2 * 3 + 2  # columns x (pairs and full data), and equal time
+    table.main(flags)
+    assert json.loads((tmp_path / "results.json").read_text())["results"] == done

@@ -22,7 +22,7 @@ class Prompt(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """`reference` is what `rule` compared `generated` with."""
+    """`reference` is what `rule` compared `generated` with; ended: the answer closed itself within max_new_tokens."""
 
     prompt: str
     reference: str
@@ -30,12 +30,15 @@ class Answered(NamedTuple):
     rule: str
     correct: bool
     task: str
+    ended: bool
 
 
 class ExactMatch(NamedTuple):
-    """accuracy: fraction 0-1, NaN without prompts; by_task: task -> (accuracy, count), where rows have a `task`."""
+    """accuracy, ended (answers that closed themselves within max_new_tokens): fractions 0-1, NaN without prompts; by_task:
+    task -> (accuracy, count), where rows have a `task`."""
 
     accuracy: float
+    ended: float
     count: int
     by_task: dict[str, tuple[float, int]]
     answers: list[Answered]
@@ -43,7 +46,7 @@ class ExactMatch(NamedTuple):
     def summary(self) -> dict[str, Any]:
         """JSON-able, without the answers."""
         by_task = {task: {"accuracy": a, "count": n} for task, (a, n) in self.by_task.items()}
-        return {"accuracy": self.accuracy, "count": self.count, "by_task": by_task}
+        return {"accuracy": self.accuracy, "ended": self.ended, "count": self.count, "by_task": by_task}
 
 
 def exact_match(
@@ -76,13 +79,14 @@ def exact_match(
     )  # fmt: skip
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     answered = []
-    for prompt, name, judge, text in zip(prompts, names, rules, texts, strict=True):
+    for prompt, name, judge, text, ids in zip(prompts, names, rules, texts, new, strict=True):
         reference = reference_of(prompt.row, prompt.completion)
         asked, task = tokenizer.decode(prompt.ids, skip_special_tokens=True), str(prompt.row.get("task") or "")
-        answered.append(Answered(asked, reference, text, name, judge(reference, text), task))
+        answered.append(Answered(asked, reference, text, name, judge(reference, text), task, len(ids) < max_new_tokens))
     groups = defaultdict(list)
     for a in answered:
         groups[a.task].append(a.correct)
     by_task = {task: (sum(g) / len(g), len(g)) for task, g in sorted(groups.items()) if task}
     count = len(answered)
-    return ExactMatch(sum(a.correct for a in answered) / count if count else float("nan"), count, by_task, answered)
+    accuracy, ended = (sum(x) / count if count else float("nan") for x in ([a.correct for a in answered], [a.ended for a in answered]))
+    return ExactMatch(accuracy, ended, count, by_task, answered)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -43,8 +43,13 @@ def _init(config: ModelConfig, key: Array) -> Tree:
 
 def abstract_params(config: ModelConfig) -> Tree:
     """The parameter tree as jax.ShapeDtypeStruct leaves; allocates nothing. Quantised kernels are records of such."""
-    tree = jax.eval_shape(lambda key: _init(config, key), jax.ShapeDtypeStruct((2,), jnp.uint32))
-    return _quantized(config, tree, abstract_quantized)
+    return _quantized(config, jax.tree.map(lambda leaf: leaf, _abstract(config)), abstract_quantized)
+
+
+@lru_cache(maxsize=16)
+def _abstract(config: ModelConfig) -> Tree:
+    """Kept, since tracing the model takes a quarter of a second and starting a run asks eight times."""
+    return jax.eval_shape(lambda key: _init(config, key), jax.ShapeDtypeStruct((2,), jnp.uint32))
 
 
 def _quantized(config: ModelConfig, tree: Tree, quantize: Callable[[Any, str], Any]) -> Tree:
