@@ -73,7 +73,7 @@ def full(column: Column) -> Cell:
 
 
 def settings_of(pair: str, config: Config) -> dict[str, Any]:
-    """{"prune.policy": "article", ...} of "q-tuning:q-tuning+policy=article"; a name without a section is of `prune`.
+    """The pruners and changes of "q-tuning:q-tuning+policy=article"; a field without a section is of `prune`.
 
     Raises QtjaxError for an unknown pruner or field, with near names, and for a value of another type.
     """
@@ -84,14 +84,18 @@ def settings_of(pair: str, config: Config) -> dict[str, Any]:
     for name, known in zip(pruners, (SAMPLE_PRUNERS, TOKEN_PRUNERS)):
         if name not in known:
             raise QtjaxError(f"--pairs {pair!r}: {name!r} must be one of {', '.join(known)}{near_names(name, known)}")
-    out: dict[str, Any] = {"prune.sample_pruner": pruners[0], "prune.token_pruner": pruners[1]}
-    known = config.flat()
-    for change in changes:
-        name, _, value = change.partition("=")
+    return {"prune.sample_pruner": pruners[0], "prune.token_pruner": pruners[1]} | changes_of(changes, config, f"--pairs {pair!r}")
+
+
+def changes_of(texts: Sequence[str], config: Config, where: str) -> dict[str, Any]:
+    """{"prune.policy": "article", ...} of ["policy=article", ...]. Raises QtjaxError that begins with `where`."""
+    known, out = config.flat(), {}
+    for text in texts:
+        name, _, value = text.partition("=")
         name = name if "." in name else f"prune.{name}"
         if name not in known:
-            raise QtjaxError(f"--pairs {pair!r}: {name}: no such field{near_names(name, known)}")
-        out[name] = typed(f"--pairs {pair!r}: {name} =", type(known[name]), value, name)
+            raise QtjaxError(f"{where}: {name}: no such field{near_names(name, known)}")
+        out[name] = typed(f"{where}: {name} =", type(known[name]), value, name)
     return out
 
 

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     from qtjax.evals.decisions import check_offline, decisions
     from qtjax.report.plane import draw_plane
     from qtjax.training.open_model import open_mesh, open_model
-    from qtjax.training.reference import check_reference, reference_nll
+    from qtjax.training.reference import check_other_model, other_model_scores
 
     if not own["out"]:
         raise QtjaxError("--out: is missing; give a folder for the kept rows")
@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     parts = Parts(out, config, own["checkpoint"], dataset)
     reference = None
     if needs.reference:
-        check_reference(config, model.tokenizer)
-        reference = reference_nll(config, dataset, mesh, out)
+        check_other_model(config, "prune.reference_model", model.tokenizer)
+        reference = other_model_scores(config, "prune.reference_model", dataset, mesh, out)[0]
     if parts.done:
         console.print(f"goes on after batch {parts.done}", highlight=False)
     begin = time.monotonic()

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     from qtjax.training.open_model import open_mesh, open_model
     from qtjax.evals.decisions import check_offline
     from qtjax.evals.survey import survey
-    from qtjax.training.reference import check_reference, reference_nll
+    from qtjax.training.reference import check_other_model, other_model_scores
 
     needs = check_offline(config.prune)
     console, out = console or Console(), Path(own["out"])
@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     check_vocabulary(model.tokenizer, model.config.vocab_size, dataset.input_ids)
     reference = None
     if needs.reference:
-        check_reference(config, model.tokenizer)
-        reference = reference_nll(config, dataset, mesh, out)
+        check_other_model(config, "prune.reference_model", model.tokenizer)
+        reference = other_model_scores(config, "prune.reference_model", dataset, mesh, out)[0]
     with LateProgress("scoring", len(dataset)) as bar:
         table, correlation = survey(
             config, model.config, model.params, dataset, overlay=model.overlay, mesh=mesh, reference=reference, progress=bar.advance

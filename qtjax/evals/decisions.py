@@ -38,6 +38,10 @@ def check_offline(prune: PruneSection) -> Pruners:
             "prune.sample_pruner = 'infobatch': decides by the losses of the epoch before, which only training has; take"
             " infobatch-budget, which decides within a batch"
         )
+    for name in ("score_model", "score_dtype"):
+        if value := getattr(prune, name):
+            field = "model.path" if name == "score_model" else "model.dtype"
+            raise QtjaxError(f"prune.{name} = {value!r}: is of training; here the model scores as it is, so set {field} instead")
     return needs
 
 

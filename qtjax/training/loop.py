@@ -3,7 +3,6 @@
 Owns clocks, files and logs; everything numeric is in step.py. One call of `step` is one optimizer step.
 """
 
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,15 +18,14 @@ from qtjax.data.iterate import BatchPlan
 from qtjax.errors import QtjaxError
 from qtjax.parallel import agree_sums, all_rows, local_rows, replicated, rows_on_device
 from qtjax.training.batch import Microbatch, Prepared, ScoringBatch, microbatches, read_batch, survivors, whole_samples
+from qtjax.training.clock import CLOCKS, Clock
 from qtjax.training.counts import choices, count
 from qtjax.training.programs import Programs
 from qtjax.training.pruners import EpochPlan, pruners
+from qtjax.training.score_store import ScoreStore
 from qtjax.training.state import TrainState
 from qtjax.training.step import Decision, Scores, step_key
 from qtjax.tree import Tree
-
-# Where a step's seconds go.
-CLOCKS = ("score", "pack", "train")
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,8 @@ class Loop:
     """State and programs of one run.
 
     Args: shapes: the ladder of global rows per launch; schedule: learning rate by optimizer step; last: optimizer steps of
-    the run; reference float32 [total]: the data set's nll under a reference model, where a token pruner compares with it.
+    the run; reference float32 [total]: the data set's nll under a reference model, where a token pruner compares with it;
+    stored float32 [signals, total]: prune.score_model's scores of the data set.
     """
 
     def __init__(
@@ -71,6 +70,7 @@ class Loop:
         schedule: Callable[[int], Any],
         last: int,
         reference: np.ndarray | None = None,
+        stored: np.ndarray | None = None,
     ):
         self.config, self.mesh, self.dataset, self.plan, self.programs = config, mesh, dataset, plan, programs
         self.state, self.frozen, self.shapes, self.row_length, self.schedule = state, frozen, shapes, row_length, schedule
@@ -79,6 +79,9 @@ class Loop:
         self.epochs = None
         if self.pruners.by_epoch:
             self.epochs = EpochPlan(len(dataset), plan.steps_per_epoch, last, config.prune, config.train.seed)
+        self.store = None
+        if stored is not None or config.prune.score_every > 1:
+            self.store = ScoreStore(dataset, self.pruners.signals, config.prune.score_every, plan.steps_per_epoch, stored)
         self.samples = self._padded(plan.batch_size // plan.process_count)
         self.key = jax.random.key(config.train.seed)
         self._thread = ThreadPoolExecutor(1)
@@ -93,8 +96,12 @@ class Loop:
         indices = self.plan.batch(step)
         indices = np.concatenate([indices, np.full(self.samples - len(indices), -1, np.int64)])
         batch = read_batch(self.dataset, indices, self.config.data.max_length, self.reference)
-        scoring = self.pack(whole_samples(batch)) if self.pruners.scores and not self.pruners.early else []
+        scoring = self.pack(whole_samples(batch)) if self._passes(step) and not self.pruners.early else []
         return Prepared(batch, scoring)
+
+    def _passes(self, step: int) -> bool:
+        """Whether this step runs a scoring pass."""
+        return self.pruners.scores and (self.store is None or self.store.passes(step))
 
     def pack(self, samples: list, weight: np.ndarray | None = None) -> list[Microbatch]:
         return microbatches(samples, self.shapes, self.row_length, jax.process_count(), weight)
@@ -132,11 +139,15 @@ class Loop:
         """The scores that the pruners need under the current weights, then both stages, over the global batch."""
         if not self.pruners.decides:
             return Scored(prepared, (), None)
-        if self.pruners.early and self.pruners.scores:  # only what is kept need be scored
+        if self.pruners.early and self._passes(step):  # only what is kept need be scored
             keep = np.asarray(self.programs.choose(*self._given(prepared.batch, step)))
             own = keep[jax.process_index() * self.samples :][: self.samples]
             prepared = Prepared(prepared.batch, self.pack(whole_samples(prepared.batch, own)))
-        scores = self.token_scores(prepared) if self.pruners.scores else ()
+        scores: Scores = ()
+        if self._passes(step):
+            scores = self.token_scores(prepared)
+        elif self.store is not None:
+            scores = tuple(rows_on_device(self.mesh, self.store.read(prepared.batch)).values())
         return Scored(prepared, scores, self.decide(prepared.batch, scores, step))
 
     def _given(self, batch: ScoringBatch, step: int) -> tuple[dict[str, jax.Array], jax.Array]:
@@ -174,7 +185,7 @@ class Loop:
         Returns: (metrics, EU record columns or None for full data).
         Raises QtjaxError when the loss is not finite; the state is then not to be saved.
         """
-        clock = _Clock()
+        clock = Clock()
         chosen, self.following = self.following, None
         if chosen is None:
             assert not (self.lag and step), f"step {step + 1}: the scores of the step before are gone"
@@ -199,7 +210,7 @@ class Loop:
         columns = None if decision is None else self._records(chosen.scored.prepared.batch, decision, metrics["epoch"])
         return metrics, columns
 
-    def _launch(self, step: int, last: int, clock: "_Clock") -> Scored:
+    def _launch(self, step: int, last: int, clock: Clock) -> Scored:
         """The batch of a step, its scoring launched on the weights as they are now."""
         prepared = self._prepared(step, last)
         clock.lap("pack")
@@ -207,13 +218,15 @@ class Loop:
         clock.lap("score")
         return scored
 
-    def _choose(self, scored: Scored, clock: "_Clock") -> Chosen:
+    def _choose(self, scored: Scored, clock: Clock) -> Chosen:
         """Waits for the decision and packs its survivors."""
         batch, decision = scored.prepared.batch, scored.decision
         tokens, weight = batch.targets, None
         if decision is not None:
             tokens = local_rows(self.mesh, jax.block_until_ready(decision).tokens)
             weight = np.asarray(decision.weight)
+            if self.store is not None and scored.prepared.scoring:
+                self.store.record(batch, [local_rows(self.mesh, each) for each in scored.scores])
             clock.lap("score")
         own = None if weight is None else weight[jax.process_index() * self.samples :][: self.samples]
         parts = self.pack(survivors(batch, tokens, self.config.prune), own)
@@ -247,7 +260,8 @@ class Loop:
 
     def pending(self) -> dict[str, Any] | None:
         """What a checkpoint needs beside the state: with prune.score_lag 1 the next batch's signals, float32 [B, T], whose
-        weights are gone (without the padding to the number of devices, so that any mesh can read them); InfoBatch's memory.
+        weights are gone (without the padding to the number of devices, so that any mesh can read them); InfoBatch's memory; the
+        scores that prune.score_every keeps.
         """
         out: dict[str, Any] = {}
         if self.following is not None:
@@ -256,6 +270,7 @@ class Loop:
             out |= dict(zip(self.pruners.signals, parts))
         if self.epochs is not None:
             out["epochs"] = self.epochs.tree()
+        out |= self._kept_scores()
         return jax.device_put(out, replicated(self.mesh)) if out else None
 
     def pending_shape(self, step: int, last: int) -> dict[str, Any] | None:
@@ -265,17 +280,24 @@ class Loop:
             out |= dict.fromkeys(self.pruners.signals, np.zeros((self.plan.batch_size, self.config.data.max_length), np.float32))
         if self.epochs is not None:
             out["epochs"] = self.epochs.tree()
+        out |= self._kept_scores()
         described = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(self.mesh))  # noqa: E731
         return jax.tree.map(described, out) or None
+
+    def _kept_scores(self) -> dict[str, Any]:
+        kept = {} if self.store is None else self.store.tree()
+        return {"store": kept} if kept else {}
 
     def resume(self, step: int, last: int, pending: dict[str, Any] | None) -> None:
         """Goes on after `step` steps with what `pending` gave then; `state` is set by the caller."""
         pending = dict(pending or {})
         if self.epochs is not None:
             self.epochs.restore(pending.pop("epochs"))
+        if "store" in pending:
+            self.store.restore(pending.pop("store"))
         if not pending:
             return
-        prepared, clock = self._prepared(step, last), _Clock()
+        prepared, clock = self._prepared(step, last), Clock()
         own = self.plan.batch_size // self.plan.process_count
         whole = {name: np.zeros(prepared.batch.targets.shape, np.float32) for name in self.pruners.signals}
         for name, each in whole.items():
@@ -293,23 +315,6 @@ class Loop:
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
-
-
-class _Clock:
-    """The host's wall clock, cut at every change of what it does or waits for, so that the parts add up to the step.
-
-    With score_lag 1 the device trains while the host packs, or while it waits for the next batch's scores: time that
-    both share goes to packing or scoring, and "train" is what is left to wait for afterwards.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(CLOCKS, 0.0)
-        self._at = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] += now - self._at
-        self._at = now
 
 
 def _refuse_nan(step: int, decision: Decision, early: bool) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -83,14 +84,17 @@ class Programs:
         key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere) if uses_rng else None
         jobs: dict[str, Callable[[], Any]] = {}
         needs = pruners(prune)
+        scoring = subject
+        if prune.score_dtype:
+            scoring = replace(subject, config=replace(subject.config, dtype=prune.score_dtype))
 
         def job(name: str, function: Callable, *arguments: Shapes, **options: Any) -> None:
             jobs[name] = lambda: jax.jit(function, **options).lower(*arguments).compile()
 
         for rows in shapes:
             packed = rows_shape(mesh, rows, row_length)
-            if needs.scores:
-                scored = partial(_score, subject, mesh, needs.token.rater)
+            if needs.passes:
+                scored = partial(_score, scoring, mesh, needs.token.rater)
                 job(f"score {rows}", scored, trainable, frozen, packed, out_shardings=by_row)
             job(
                 f"accumulate {rows}", partial(_accumulate, subject, mesh, loss), trainable, frozen, gradients, scalar, packed, key,
@@ -98,7 +102,7 @@ class Programs:
             )  # fmt: skip
         real = jax.ShapeDtypeStruct((samples, max_length), jnp.float32, sharding=by_row)
         signals = (real,) * len(needs.signals)
-        if needs.scores:
+        if needs.passes:
             job("unscored", lambda: tuple(jnp.zeros(x.shape, x.dtype) for x in signals), out_shardings=by_row)
             for rows in shapes:
                 slots = rows_shape(mesh, rows, row_length)
@@ -109,7 +113,7 @@ class Programs:
         if needs.decides:
             batch = batch_shape(mesh, samples, max_length, needs)
             step_key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere)
-            if needs.early and needs.scores:
+            if needs.early and needs.passes:
                 job("choose", partial(choose_early, prune), batch, step_key, out_shardings=everywhere)
             out = Decision(*[everywhere] * len(Decision._fields))._replace(tokens=by_row)
             job("decide", partial(decide, prune), dict(zip(needs.signals, signals)), batch, step_key, out_shardings=out)

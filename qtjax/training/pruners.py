@@ -16,12 +16,18 @@ class Pruners:
 
     decides: there is anything to prune. scores: a forward pass comes before training. early: the samples are chosen
     without scores, so that only the chosen ones are scored. signals: what the forward pass gives for every target.
+    passes: the forward pass is the run's own; False where prune.score_model has scored everything before.
     """
 
     sample: SamplePruner
     token: TokenPruner
     decides: bool
     by_epoch: bool
+    stored: bool = False
+
+    @property
+    def passes(self) -> bool:
+        return self.scores and not self.stored
 
     @property
     def early(self) -> bool:
@@ -47,7 +53,7 @@ def pruners(prune: PruneSection) -> Pruners:
     """The pruners that a config names. Raises QtjaxError for settings that do not go together."""
     sample, token = sample_pruner(prune.sample_pruner), token_pruner(prune.token_pruner)
     decides = (prune.sample_pruner, prune.token_pruner) != ("none", "none")
-    out = Pruners(sample, token, decides, prune.sample_pruner == "infobatch")
+    out = Pruners(sample, token, decides, prune.sample_pruner == "infobatch", bool(prune.score_model))
     if prune.token_scope in ("q2", "q2+q4") and not sample.quadrants:
         raise QtjaxError(
             f"prune.token_scope = {prune.token_scope!r}: the sample pruner {prune.sample_pruner!r} has no quadrants, so that no token"
@@ -62,9 +68,26 @@ def pruners(prune: PruneSection) -> Pruners:
             f"prune.reference_model = {prune.reference_model!r}: the token pruner {prune.token_pruner!r} uses none; leave it out, or"
             " choose rho-1 or token-cleaning"
         )
+    _check_scoring(prune, out)
     if prune.score_lag and out.by_epoch:
         raise QtjaxError("prune.score_lag = 1: infobatch plans an epoch by the losses of the one before; set it to 0")
     return out
+
+
+def _check_scoring(prune: PruneSection, out: Pruners) -> None:
+    """Raises QtjaxError for ways of scoring that do not go together, or that nothing would use."""
+    ways = {"score_every": prune.score_every if prune.score_every > 1 else 0, "score_dtype": prune.score_dtype, "score_model": prune.score_model}
+    given = [name for name, value in ways.items() if value]
+    if given and not out.scores:
+        raise QtjaxError(f"prune.{given[0]} = {ways[given[0]]!r}: the pruners chosen use no scores; leave it out")
+    if prune.score_model and (len(given) > 1 or prune.score_lag):
+        other = next((name for name in given if name != "score_model"), "score_lag")
+        raise QtjaxError(f"prune.score_model and prune.{other}: that model scores everything once before training; leave one of them out")
+    if prune.score_every > 1 and out.early:
+        raise QtjaxError(
+            f"prune.score_every = {prune.score_every}: {prune.sample_pruner} chooses other samples in every epoch and only those are scored;"
+            " set it to 1"
+        )
 
 
 def token_scope(prune: PruneSection, quadrants: bool) -> str:

@@ -33,7 +33,7 @@ from qtjax.training.loop import Loop
 from qtjax.training.optimizer import learning_rate_schedule
 from qtjax.training.programs import Programs
 from qtjax.training.pruners import pruners
-from qtjax.training.reference import check_reference, reference_nll
+from qtjax.training.reference import check_other_model, other_model_scores
 from qtjax.training.run_folder import RunFolder
 from qtjax.training.setup import Model, check_overlay, checkpoint_tree, from_checkpoint, load_model, start
 from qtjax.tree import Tree
@@ -77,8 +77,10 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     mesh = make_mesh(config.mesh)
     needs = pruners(config.prune)
     tokenizer = load_tokenizer(config.model.path)
-    if needs.reference:
-        check_reference(config, tokenizer)
+    others = [("prune.reference_model", needs.reference, ""), ("prune.score_model", needs.stored, needs.token.rater)]
+    for field, used, _ in others:
+        if used:
+            check_other_model(config, field, tokenizer)
     shape = read_config(resolve_folder(config.model.path))
     _check_fit(config, shape)
     dataset = training_data(config.data, tokenizer)
@@ -91,7 +93,9 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
         len(dataset), config.prune.batch_size, config.train.seed, jax.process_index(), jax.process_count()
     )
     steps = total_steps(config, plan)
-    reference = reference_nll(config, dataset, mesh, folder.path) if needs.reference else None
+    reference, stored = (
+        other_model_scores(config, field, dataset, mesh, folder.path, rater) if used else None for field, used, rater in others
+    )
     model = load_model(config, mesh, steps)
     state, frozen, optimizer = start(config, mesh, model, steps)
     shapes = ladder(config.train.rows, batch_size(mesh), config.train.shapes)
@@ -111,7 +115,8 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     )
     loop = Loop(
         config, mesh, dataset, plan, programs, state, frozen, shapes=shapes, row_length=row_length,
-        schedule=learning_rate_schedule(config.train, steps), last=steps, reference=reference,
+        schedule=learning_rate_schedule(config.train, steps), last=steps,
+        reference=None if reference is None else reference[0], stored=stored,
     )  # fmt: skip
     checkpoints = RunState(folder.checkpoints, config.train.keep_checkpoints)
     step = _resume(loop, steps, checkpoints, folder, dataset, console)

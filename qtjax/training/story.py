@@ -40,7 +40,7 @@ def run(config: Config, console: Console, *, quiet: bool = False) -> dict[str, A
     with RunFolder.open(config, writes=first) as folder:
         if folder.finished:
             summary = folder.summary()
-            console.print(f"{folder.path}: finished already; this is its table", highlight=False)
+            console.print(f"{folder.path}: finished already; this is its table", highlight=False, soft_wrap=True)
         else:
             summary = _train(config, folder, console, begin, quiet)
     if first:

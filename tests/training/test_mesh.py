@@ -28,7 +28,7 @@ def host(tree):
     return {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
 
 for name, mesh in json.loads(sys.argv[2]).items():
-    config = override(base, {f"mesh.{k}": v for k, v in mesh.items()} | {"run.folder": base.run.folder + name})
+    config = override(base, {k if "." in k else f"mesh.{k}": v for k, v in mesh.items()} | {"run.folder": base.run.folder + name})
     with RunFolder.open(config) as folder:
         session = open_session(config, folder, Console(quiet=True))
         loop, summed, out[name] = session.loop, {}, []
@@ -256,3 +256,54 @@ def test_a_mesh_that_does_not_fit_the_devices_says_what_does():
     with pytest.raises(QtjaxError, match=r"mesh.data x mesh.fsdp x mesh.tensor = -1 x 3 x 1.*number of devices, 1"):
         make_mesh(MeshSection(data=-1, fsdp=3))
     assert dict(make_mesh(MeshSection()).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+_PRUNERS = {
+    "random": {"prune.sample_pruner": "random", "prune.token_pruner": "random"},
+    "longest-fastv": {"prune.sample_pruner": "longest", "prune.token_pruner": "fastv"},
+    "entropy-perplexity": {"prune.sample_pruner": "entropy", "prune.token_pruner": "perplexity"},
+    "budget-sparsevlm": {"prune.sample_pruner": "infobatch-budget", "prune.token_pruner": "sparsevlm"},
+    "infobatch": {"prune.sample_pruner": "infobatch", "prune.token_pruner": "none"},
+    "rho-1": {"prune.sample_pruner": "none", "prune.token_pruner": "rho-1"},
+    "token-cleaning": {"prune.sample_pruner": "perplexity-high", "prune.token_pruner": "token-cleaning"},
+    "score_every": {"prune.score_every": 2},
+    "score_model": {"prune.score_model": ""},
+}
+
+
+@pytest.mark.slow
+def test_every_kind_of_pruner_decides_alike_on_one_and_on_eight_devices(tiny_config, run_on, tiny_model, other_model):
+    """Five steps, into the second epoch: the same samples and tokens kept by every pruner, with kept and with another
+    model's scores; losses within 1e-4, since updates differ by the rounding of sums in another order."""
+    config = tiny_config(**{"train.max_steps": 5, "train.eps": 1e-3, "train.learning_rate": 1e-3})
+    other = other_model(tiny_model)
+    for changes in _PRUNERS.values():
+        if changes.get("prune.token_pruner") in ("rho-1", "token-cleaning"):
+            changes["prune.reference_model"] = other
+        if "prune.score_model" in changes:
+            changes["prune.score_model"] = other
+    (one, eight) = (
+        run_on(config, {name: changes | {"data": devices} for name, changes in _PRUNERS.items()}, devices) for devices in (1, 8)
+    )
+    for name in _PRUNERS:
+        for step, (found, expected) in enumerate(zip(eight[name], one[name], strict=True)):
+            assert found["devices"] == 8
+            for field in ("row", "keep", "kept_tokens", "quadrant"):
+                assert found[field] == expected[field], (name, step, field)
+            assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4), (name, step)
+
+
+@pytest.fixture
+def other_model(tmp_path):
+    """other_model(model folder) -> a copy with other weights, as a reference model has."""
+
+    def make(folder: str) -> str:
+        import jax
+
+        from qtjax.checkpoints import load_pretrained, save_pretrained
+
+        config, params = load_pretrained(folder)
+        save_pretrained(tmp_path / "other", config, jax.tree.map(lambda x: x * 1.1, params), tokenizer_from=folder)
+        return str(tmp_path / "other")
+
+    return make

@@ -1,0 +1,22 @@
+"""Where a step's seconds go."""
+
+import time
+
+CLOCKS = ("score", "pack", "train")
+
+
+class Clock:
+    """The host's wall clock, cut at every change of what it does or waits for, so that the parts add up to the step.
+
+    With score_lag 1 the device trains while the host packs, or while it waits for the next batch's scores: time that
+    both share goes to packing or scoring, and "train" is what is left to wait for afterwards.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(CLOCKS, 0.0)
+        self._at = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] += now - self._at
+        self._at = now

@@ -1,0 +1,123 @@
+"""Scores that cost less: kept for some epochs, taken in another dtype, or of another model. What they are, what they save."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from qtjax.config import PruneSection, override
+from qtjax.errors import QtjaxError
+from qtjax.evals.decisions import check_offline
+from qtjax.training import reference, story
+from qtjax.training.pruners import pruners
+from qtjax.training.restore import load_run
+from qtjax.training.score import score_rows
+from qtjax.tree import flatten
+
+
+def signals_of(loop, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """(sample indices, nll [N, T]) of what the decision of a step is made on."""
+    prepared = loop.prepare(step)
+    return prepared.batch.indices, np.asarray(loop.score(prepared, step).scores[0])
+
+
+def test_scores_are_taken_every_second_epoch_and_used_again_in_between(opened):
+    """Epochs of three steps: the second reads the first one's scores bit by bit, whatever was learned since, in its own order
+    of samples and without a scoring pass; the third takes new ones."""
+    session = opened(**{"prune.score_every": 2, "train.epochs": 3.0})
+    loop, last, first = session.loop, session.total_steps, {}
+    for step in range(3):
+        indices, nll = signals_of(loop, step)
+        first |= dict(zip(indices.tolist(), nll))
+        assert loop.step(step, last)[0]["scored_tokens"] > 0
+    for step in range(3, 6):
+        indices, nll = signals_of(loop, step)
+        assert [i for i, row in zip(indices.tolist(), nll) if not np.array_equal(row, first[i])] == []
+        assert loop.step(step, last)[0]["scored_tokens"] == 0
+    indices, nll = signals_of(loop, 6)
+    assert loop.step(6, last)[0]["scored_tokens"] > 0
+    assert all(not np.array_equal(row, first[i]) for i, row in zip(indices.tolist(), nll))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_crash_while_scores_are_used_again_changes_nothing(tiny_config, tmp_path, power_cut, lag):
+    """The scores that a checkpoint holds are those of the epoch before: bitwise the same trained values."""
+    quiet = Console(quiet=True)
+    changes = {"prune.score_every": 2, "prune.score_lag": lag, "train.epochs": 3.0, "train.checkpoint_every": 2}
+    whole, broken = (override(tiny_config(**changes), {"run.folder": f"{tmp_path}/{name}"}) for name in ("whole", "broken"))
+    story.run(whole, quiet, quiet=True)
+    power_cut(lambda: story.run(broken, quiet, quiet=True), lambda loop, number: number == 5)
+    story.run(broken, quiet, quiet=True)
+    one, other = (flatten(load_run(config.run.folder)[2]) for config in (whole, broken))
+    assert [path for path in one if not np.array_equal(one[path], other[path])] == []
+
+
+def test_another_model_scores_once_and_no_step_scores_again(opened, tiny_model, monkeypatch):
+    """With the model's own folder as scorer the first step decides as an exact one does; the second still uses those scores."""
+    exact = opened()
+    expected = exact.loop.score(exact.loop.prepare(0), 0)
+    session = opened(**{"prune.score_model": tiny_model, "run.folder": str(opened.root / "other")})
+    loop = session.loop
+    found = loop.score(loop.prepare(0), 0)
+    for ours, theirs in zip(found.scores, expected.scores):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-5)  # packed into other rows
+    np.testing.assert_array_equal(found.decision.keep, expected.decision.keep)
+    before = signals_of(loop, 1)[1]
+    assert loop.step(0, session.total_steps)[0]["scored_tokens"] == 0
+    np.testing.assert_array_equal(signals_of(loop, 1)[1], before)
+    assert not loop.programs.score and len(list((opened.root / "other").glob("score_model-*.npy"))) == 1
+    monkeypatch.setattr(reference, "load_pretrained", None)  # read back, not scored again
+    kept = reference.other_model_scores(loop.config, "prune.score_model", loop.dataset, loop.mesh, opened.root / "other")
+    np.testing.assert_array_equal(kept, loop.store.scores)
+
+
+def test_a_rater_s_scores_come_from_the_other_model_too(opened, tiny_model):
+    """FastV's rating is a third signal of the stored scores."""
+    flags = {"prune.score_model": tiny_model, "prune.sample_pruner": "entropy", "prune.token_pruner": "fastv"}
+    loop = opened(**flags).loop
+    assert loop.store.scores.shape[0] == 3
+    batch = loop.prepare(0).batch
+    rating = np.asarray(loop.score(loop.prepare(0), 0).scores[2])
+    assert (rating[batch.targets] > 0).any() and not rating[~batch.targets].any()
+
+
+def test_the_scoring_pass_has_its_own_dtype(opened):
+    """bfloat16 scores are those of the model computed in bfloat16; what is trained stays float32."""
+    exact, coarse = opened(), opened(**{"prune.score_dtype": "bfloat16", "run.folder": str(opened.root / "coarse")})
+    (_, expected), (_, found) = (signals_of(session.loop, 0) for session in (exact, coarse))
+    batch = exact.loop.prepare(0).batch
+    assert 0 < np.abs(found - expected)[batch.targets].max() < 0.1  # 8 bits of mantissa over two layers
+    config = dataclasses.replace(exact.model.config, dtype="bfloat16")
+    i = int(np.argmax(batch.lengths))
+    rows = {"input_ids": batch.input_ids[i : i + 1], "loss_mask": batch.targets[i : i + 1],
+            "attention_mask": np.arange(batch.input_ids.shape[1])[None] < batch.lengths[i]}  # fmt: skip
+    alone = np.asarray(score_rows(config, exact.loop.state.trainable, None, rows)[0])[0]
+    np.testing.assert_allclose(found[i], alone, atol=0.03)  # another row's layout rounds elsewhere
+    assert {leaf.dtype for leaf in jax.tree.leaves(coarse.loop.state.trainable)} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sample_pruner": "none", "token_pruner": "none", "score_every": 2}, "score_every = 2.*use no scores"),
+        ({"sample_pruner": "random", "token_pruner": "random", "score_model": "x"}, "score_model = 'x'.*use no scores"),
+        ({"sample_pruner": "random", "score_every": 2}, "score_every = 2: random chooses other samples"),
+        ({"score_model": "x", "score_every": 2}, "score_model and prune.score_every"),
+        ({"score_model": "x", "score_dtype": "bfloat16"}, "score_model and prune.score_dtype"),
+        ({"score_model": "x", "score_lag": 1}, "score_model and prune.score_lag"),
+    ],
+)
+def test_ways_of_scoring_that_do_not_go_together_are_refused(changes, message):
+    """What would do nothing, or contradict, is an error of one line."""
+    with pytest.raises(QtjaxError, match=message):
+        pruners(PruneSection(**changes))
+
+
+@pytest.mark.parametrize("changes", [{"score_model": "x"}, {"score_dtype": "bfloat16"}])
+def test_curation_scores_with_the_model_itself(changes):
+    """Offline there is nothing in training to stand in for."""
+    with pytest.raises(QtjaxError, match="is of training"):
+        check_offline(PruneSection(**changes))
