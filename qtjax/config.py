@@ -84,7 +84,11 @@ class PruneSection:
     token_keep: float = knob(0.5, "fraction (0-1] of a Q2 sample's trained tokens to keep", rule="(0,1]")
     batch_size: int = knob(128, "samples per scoring batch, all devices together; one optimizer step each", rule=">0")
     policy: str = knob("paper", "quadrants kept: paper Q2+Q4, article Q2+Q3", choices=("paper", "article"))
-    supplement: str = knob("minmax", "how samples are ranked when corners are short", choices=("minmax", "ranks"))
+    supplement: str = knob("minmax", "how samples are ranked when corners are short", choices=("minmax", "ranks", "random"))
+    corners: str = knob(
+        "extreme", "of the kept quadrants' samples, those farthest from the medians first (the paper's), or any of them", choices=("extreme", "random")
+    )
+    warmup_fraction: float = knob(0.0, "fraction (0-1) of the steps that train on full data before pruning begins", rule="[0,1)")
     mode: str = knob("mask", "pruned tokens leave the loss (mask) or the input too (drop)", choices=("mask", "drop"))
     compact_positions: bool = knob(False, "drop mode only: renumber the kept tokens' positions without gaps")
     neighbor_weight: float = knob(0.5, "lambda of eq. 7, fraction (0-1)", rule="[0,1]")

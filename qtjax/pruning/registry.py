@@ -38,7 +38,7 @@ SAMPLE_PRUNERS: dict[str, SamplePruner] = {
         choose_by_loss_and_fill, True, True, False, "InfoBatch, arXiv 2303.04947, adapted to exact budgets within a batch"
     ),
     "q-tuning": SamplePruner(
-        choose_by_quadrant, True, True, True, f"{_Q_TUNING}, Algorithm 1", frozenset({"policy", "supplement"})
+        choose_by_quadrant, True, True, True, f"{_Q_TUNING}, Algorithm 1", frozenset({"policy", "supplement", "corners"})
     ),
 }  # fmt: skip
 

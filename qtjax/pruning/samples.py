@@ -26,7 +26,8 @@ from qtjax.pruning.budget import budget_table
 from qtjax.pruning.ranks import median_quadrants, stable_ranks
 
 POLICIES = ("paper", "article")
-SUPPLEMENTS = ("minmax", "ranks")
+SUPPLEMENTS = ("minmax", "ranks", "random")
+CORNERS = ("extreme", "random")
 
 
 def _unit_range(values_B: jax.Array, eligible_B: jax.Array) -> jax.Array:
@@ -40,8 +41,8 @@ def _unit_range(values_B: jax.Array, eligible_B: jax.Array) -> jax.Array:
     return jnp.where(width > 0, (values_B - low) / divisor, 0.5)
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "supplement"))
-def _select(perplexity_B, entropy_B, budgets, valid_B, policy: str, supplement: str) -> SampleChoice:
+@functools.partial(jax.jit, static_argnames=("policy", "supplement", "corners"))
+def _select(perplexity_B, entropy_B, budgets, valid_B, draws_B, policy: str, supplement: str, corners: str) -> SampleChoice:
     eligible = valid_B & jnp.isfinite(perplexity_B) & jnp.isfinite(entropy_B)
     n = jnp.sum(eligible, dtype=jnp.int32)
     kept = jnp.minimum(budgets[jnp.sum(valid_B, dtype=jnp.int32)], n)
@@ -61,18 +62,21 @@ def _select(perplexity_B, entropy_B, budgets, valid_B, policy: str, supplement: 
     else:
         other, m_other = 3, jnp.maximum(rank_p, rank_e)
         last_resort = rank_e.astype(jnp.float32) if supplement == "ranks" else _unit_range(entropy, eligible)
+    if supplement == "random":
+        last_resort = draws_B
     m = jnp.minimum(m2, m_other)
     placed = eligible & (100 * m < 49 * n)
     quadrant = jnp.where(placed, jnp.where(m2 <= m_other, 2, other), 0).astype(jnp.int32)
 
     group = jnp.where(placed, 0, jnp.where(eligible, 1, 2))
     # m is exact in float32 below 2**24 samples; lexsort is stable, so what is left of a tie goes to the lower index.
-    order = jnp.lexsort((jnp.where(placed, m.astype(jnp.float32), last_resort), group))
+    first = m.astype(jnp.float32) if corners == "extreme" else draws_B
+    order = jnp.lexsort((jnp.where(placed, first, last_resort), group))
     keep = jnp.argsort(order) < kept
 
     extra = keep & ~placed
     last_m = jnp.max(jnp.where(keep & placed, m, -1), initial=-1)
-    level = jnp.where(jnp.any(extra), 0.49, last_m / jnp.maximum(n, 1))
+    level = jnp.where(jnp.any(extra), 0.49, last_m / jnp.maximum(n, 1))  # of corners drawn at random, the widest drawn
     return SampleChoice(
         keep=keep,
         quadrant=quadrant,
@@ -91,6 +95,9 @@ def select_samples(
     policy: str = "paper",
     supplement: str = "minmax",
     valid: jax.Array | None = None,
+    *,
+    corners: str = "extreme",
+    draws: jax.Array | None = None,
 ) -> SampleChoice:
     """Keeps K = max(1, floor(keep * N + 1e-6)) samples of the batch: corners first, then the supplement.
 
@@ -105,31 +112,41 @@ def select_samples(
       policy: "paper" keeps Q2 (high PPL, low Ent) and Q4 (low PPL, high Ent), as figures, text, Algorithm 1 and
         examples of the paper do; "article" keeps Q2 and the low/low corner (3), as a widely read article prints it.
       supplement: what ranks the samples that no corner reaches. paper: |PPL^ - Ent^|, largest first, with min-max
-        normalised scores ("minmax", the paper's) or with |rank - rank| ("ranks"); article: lowest Ent first.
+        normalised scores ("minmax", the paper's) or with |rank - rank| ("ranks"); article: lowest Ent first; "random":
+        by `draws`, under either policy.
       valid: bool [B], False on padding; None: all are real.
+      corners: which of the kept quadrants' samples come first: "extreme", by their level, as Algorithm 1 opens the corners;
+        or "random", by `draws`, so that every sample which a level up to 0.49 reaches has the same chance.
+      draws: float [B], a random number for each sample, for whatever is "random".
     Returns: SampleChoice.
     Raises: QtjaxError for keep outside (0, 1], an unknown policy or supplement, arrays of unequal length.
     """
-    for name, value, known in (("policy", policy, POLICIES), ("supplement", supplement, SUPPLEMENTS)):
+    for name, value, known in (("policy", policy, POLICIES), ("supplement", supplement, SUPPLEMENTS), ("corners", corners, CORNERS)):
         if value not in known:
             raise QtjaxError(f"{name} = {value!r}: must be one of {', '.join(known)}{near_names(str(value), known)}")
+    if draws is None and "random" in (supplement, corners):
+        raise QtjaxError("draws is missing: what is chosen at random needs a random number for each sample")
     perplexity, entropy = jnp.asarray(perplexity, jnp.float32), jnp.asarray(entropy, jnp.float32)
+    draws = jnp.zeros(perplexity.shape) if draws is None else jnp.asarray(draws, jnp.float32)
     valid = jnp.ones(perplexity.shape, bool) if valid is None else jnp.asarray(valid) != 0
-    if not perplexity.shape == entropy.shape == valid.shape or perplexity.ndim != 1:
+    if not perplexity.shape == entropy.shape == valid.shape == draws.shape or perplexity.ndim != 1:
         raise QtjaxError(
-            f"perplexity, entropy and valid have shapes {perplexity.shape}, {entropy.shape} and {valid.shape}:"
+            f"perplexity, entropy, valid and draws have shapes {perplexity.shape}, {entropy.shape}, {valid.shape} and {draws.shape}:"
             " must be one dimension of equal length; flatten packed [B, S] scores first"
         )
-    return _select(perplexity, entropy, budget_table(keep, perplexity.size), valid, policy, supplement)
+    return _select(perplexity, entropy, budget_table(keep, perplexity.size), valid, draws, policy, supplement, corners)
 
 
 def choose_by_quadrant(
-    candidates: Candidates, keep: float, *, policy: str = "paper", supplement: str = "minmax"
+    candidates: Candidates, keep: float, *, policy: str = "paper", supplement: str = "minmax", corners: str = "extreme"
 ) -> SampleChoice:
-    """`select_samples` of a scoring batch; a sample without targets has no score."""
+    """`select_samples` of a scoring batch; a sample without targets has no score. Draws come from the samples' own keys."""
     candidates = checked_candidates(candidates)
+    draws = jax.vmap(jax.random.uniform)(candidates.keys) if "random" in (supplement, corners) else None
     perplexity = jnp.where(candidates.count > 0, candidates.perplexity, jnp.nan)
-    return select_samples(perplexity, candidates.entropy, keep, policy, supplement, candidates.valid)
+    return select_samples(
+        perplexity, candidates.entropy, keep, policy, supplement, candidates.valid, corners=corners, draws=draws
+    )
 
 
 def _average_ranks(values_B: jax.Array, eligible_B: jax.Array) -> jax.Array:

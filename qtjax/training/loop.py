@@ -3,6 +3,7 @@
 Owns clocks, files and logs; everything numeric is in step.py. One call of `step` is one optimizer step.
 """
 
+import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -76,12 +77,14 @@ class Loop:
         self.state, self.frozen, self.shapes, self.row_length, self.schedule = state, frozen, shapes, row_length, schedule
         self.pruners, self.reference = pruners(config.prune), reference
         self.lag = config.prune.score_lag if self.pruners.scores else 0
+        self.warmup = math.ceil(config.prune.warmup_fraction * last - 1e-9) if self.pruners.decides else 0
         self.epochs = None
         if self.pruners.by_epoch:
             self.epochs = EpochPlan(len(dataset), plan.steps_per_epoch, last, config.prune, config.train.seed)
         self.store = None
         if stored is not None or config.prune.score_every > 1:
-            self.store = ScoreStore(dataset, self.pruners.signals, config.prune.score_every, plan.steps_per_epoch, stored)
+            first = -(-self.warmup // plan.steps_per_epoch)
+            self.store = ScoreStore(dataset, self.pruners.signals, config.prune.score_every, plan.steps_per_epoch, first, stored)
         self.samples = self._padded(plan.batch_size // plan.process_count)
         self.key = jax.random.key(config.train.seed)
         self._thread = ThreadPoolExecutor(1)
@@ -101,7 +104,7 @@ class Loop:
 
     def _passes(self, step: int) -> bool:
         """Whether this step runs a scoring pass."""
-        return self.pruners.scores and (self.store is None or self.store.passes(step))
+        return self.pruners.scores and step >= self.warmup and (self.store is None or self.store.passes(step))
 
     def pack(self, samples: list, weight: np.ndarray | None = None) -> list[Microbatch]:
         return microbatches(samples, self.shapes, self.row_length, jax.process_count(), weight)
@@ -137,7 +140,7 @@ class Loop:
 
     def score(self, prepared: Prepared, step: int) -> Scored:
         """The scores that the pruners need under the current weights, then both stages, over the global batch."""
-        if not self.pruners.decides:
+        if not self.pruners.decides or step < self.warmup:
             return Scored(prepared, (), None)
         if self.pruners.early and self._passes(step):  # only what is kept need be scored
             keep = np.asarray(self.programs.choose(*self._given(prepared.batch, step)))
@@ -188,10 +191,10 @@ class Loop:
         clock = Clock()
         chosen, self.following = self.following, None
         if chosen is None:
-            assert not (self.lag and step), f"step {step + 1}: the scores of the step before are gone"
+            assert not (self.lag and step > self.warmup), f"step {step + 1}: the scores of the step before are gone"
             chosen = self._choose(self._launch(step, last, clock), clock)
         decision, counts = chosen.scored.decision, chosen.counts
-        if self.pruners.scores:
+        if self.pruners.scores and decision is not None:
             _refuse_nan(step, decision, self.pruners.early)
         ahead = self._launch(step + 1, last, clock) if self.lag and step + 1 < last else None
         sums = self._train(chosen, step)
@@ -264,7 +267,7 @@ class Loop:
         scores that prune.score_every keeps.
         """
         out: dict[str, Any] = {}
-        if self.following is not None:
+        if self.following is not None and self.following.scored.decision is not None:
             own = self.plan.batch_size // self.plan.process_count
             parts = (all_rows(local_rows(self.mesh, each)[:own]) for each in self.following.scored.scores)
             out |= dict(zip(self.pruners.signals, parts))
@@ -276,7 +279,7 @@ class Loop:
     def pending_shape(self, step: int, last: int) -> dict[str, Any] | None:
         """What `pending` holds after `step` of `last` steps."""
         out: dict[str, Any] = {}
-        if self.lag and step < last:
+        if self.lag and self.warmup <= step < last:
             out |= dict.fromkeys(self.pruners.signals, np.zeros((self.plan.batch_size, self.config.data.max_length), np.float32))
         if self.epochs is not None:
             out["epochs"] = self.epochs.tree()

@@ -14,18 +14,21 @@ from qtjax.training.batch import ScoringBatch
 class ScoreStore:
     """Every host holds all of it: the next epoch shuffles the samples over the hosts.
 
-    Args: signals: names of `Pruners.signals`. every: epochs from one pass to the next. given float32 [signals, total]:
+    Args: signals: names of `Pruners.signals`. every: epochs from one pass to the next. first: the first epoch (0, 1, ...)
+    that prunes from its beginning. given float32 [signals, total]:
     scores in the data set's flat order that are never renewed; None: zeros until they are recorded.
     """
 
-    def __init__(self, dataset: TokenizedDataset, signals: Sequence[str], every: int, steps_per_epoch: int, given: np.ndarray | None):
+    def __init__(self, dataset: TokenizedDataset, signals: Sequence[str], every: int, steps_per_epoch: int, first: int, given: np.ndarray | None):
+        self.first = first
         self.offsets, self.signals, self.every, self.steps_per_epoch = dataset.offsets, tuple(signals), every, steps_per_epoch
         self.fixed = given is not None
         self.scores = np.zeros((len(signals), len(dataset.input_ids)), np.float32) if given is None else given
 
     def passes(self, step: int) -> bool:
         """Whether `step` (0, 1, ...) runs a scoring pass of its own."""
-        return not self.fixed and step // self.steps_per_epoch % self.every == 0
+        epoch = step // self.steps_per_epoch - self.first
+        return not self.fixed and (epoch < 0 or epoch % self.every == 0)
 
     def record(self, batch: ScoringBatch, scores: Sequence[np.ndarray]) -> None:
         """Takes the signals [N, T] of this process's samples, and of all others'."""

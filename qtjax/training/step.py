@@ -54,7 +54,7 @@ def choose(prune: PruneSection, batch: Rows, key: Array, perplexity: Array, entr
     candidates = Candidates(
         perplexity, entropy, batch["targets"].sum(axis=1, dtype=jnp.int32), batch["valid"], _draws(key, 0, batch["index"])
     )
-    options: dict[str, Any] = {"policy": prune.policy, "supplement": prune.supplement}
+    options: dict[str, Any] = {"policy": prune.policy, "supplement": prune.supplement, "corners": prune.corners}
     if "planned" in batch:
         options |= {"planned_keep": batch["planned"] > 0, "planned_weight": batch["planned"]}
     pruner = sample_pruner(prune.sample_pruner)

@@ -281,6 +281,10 @@ class count_compilations:
         ({"policy": "papers"}, "did you mean 'paper'"),
         ({"supplement": "rank"}, "did you mean 'ranks'"),
         ({"valid": np.ones(3, bool)}, "equal length"),
+        ({"corners": "extremes"}, "did you mean 'extreme'"),
+        ({"corners": "random"}, "draws is missing"),
+        ({"supplement": "random"}, "draws is missing"),
+        ({"supplement": "random", "draws": np.ones(3)}, "equal length"),
     ],
 )
 def test_bad_arguments_are_one_line(change, message):
@@ -288,3 +292,25 @@ def test_bad_arguments_are_one_line(change, message):
     with pytest.raises(QtjaxError) as caught:
         select_samples(PERPLEXITY, ENTROPY, **change)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+#                  0    1    2    3    4    5    6    7      placed: 0, 1 (Q2), 4, 6 (Q4), as the table above says
+DRAWS = np.array([0.9, 0.2, 0.8, 0.1, 0.3, 0.4, 0.7, 0.6])
+
+
+@pytest.mark.parametrize(
+    ("corners", "supplement", "K", "kept", "extra"),
+    [
+        ("random", "minmax", 1, [1], []),
+        ("random", "minmax", 3, [1, 4, 6], []),  # by draws 0.2, 0.3, 0.7, whatever their level
+        ("random", "minmax", 5, [0, 1, 2, 4, 6], [2]),  # all placed, then the paper's supplement
+        ("extreme", "random", 4, [0, 1, 4, 6], []),
+        ("extreme", "random", 6, [0, 1, 3, 4, 5, 6], [3, 5]),  # not placed: 2, 3, 5, 7, by draws 3, 5
+        ("random", "random", 7, [0, 1, 3, 4, 5, 6, 7], [3, 5, 7]),
+    ],
+)
+def test_chosen_at_random_by_hand(corners, supplement, K, kept, extra):
+    """Draws decide among what the corners hold, and among what they do not; codes stay those of the plane."""
+    choice = select_samples(PERPLEXITY, ENTROPY, K / 8, supplement=supplement, corners=corners, draws=DRAWS)
+    assert np.flatnonzero(choice.keep).tolist() == kept and np.flatnonzero(choice.supplement).tolist() == extra
+    assert choice.quadrant.tolist() == [2, 2, 0, 0, 4, 0, 4, 0]

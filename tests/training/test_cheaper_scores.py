@@ -41,6 +41,33 @@ def test_scores_are_taken_every_second_epoch_and_used_again_in_between(opened):
     assert all(not np.array_equal(row, first[i]) for i, row in zip(indices.tolist(), nll))
 
 
+def test_pruning_begins_after_the_warm_up(opened):
+    """Two of six steps: all samples and tokens, no scoring pass and no records; then the budget. Epochs of three steps that
+    keep scores count from the first one that prunes from its beginning."""
+    session = opened(**{"prune.warmup_fraction": 0.33, "prune.score_every": 2, "train.epochs": 2.0})
+    loop, last = session.loop, session.total_steps
+    taken = [loop.step(step, last) for step in range(last)]
+    metrics, records = zip(*taken)
+    assert [m["kept_samples"] for m in metrics] == [16, 16, 8, 8, 8, 8]
+    assert all(m["kept_tokens"] == m["target_tokens"] for m in metrics[:2])
+    assert [m["scored_tokens"] > 0 for m in metrics] == [False, False, True, True, True, True]
+    assert [r is None for r in records] == [True, True, False, False, False, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [1, 2, 3, 4])
+def test_a_crash_about_the_end_of_the_warm_up_changes_nothing(tiny_config, tmp_path, power_cut, cut):
+    """With lagged scores the last step of the warm-up launches the first scoring pass, and a checkpoint holds its scores."""
+    quiet = Console(quiet=True)
+    changes = {"prune.warmup_fraction": 0.5, "prune.score_lag": 1, "train.checkpoint_every": 1}
+    whole, broken = (override(tiny_config(**changes), {"run.folder": f"{tmp_path}/{name}"}) for name in ("whole", "broken"))
+    story.run(whole, quiet, quiet=True)
+    power_cut(lambda: story.run(broken, quiet, quiet=True), lambda loop, number: number == cut)
+    story.run(broken, quiet, quiet=True)
+    one, other = (flatten(load_run(config.run.folder)[2]) for config in (whole, broken))
+    assert [path for path in one if not np.array_equal(one[path], other[path])] == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_crash_while_scores_are_used_again_changes_nothing(tiny_config, tmp_path, power_cut, lag):

@@ -268,6 +268,7 @@ _PRUNERS = {
     "token-cleaning": {"prune.sample_pruner": "perplexity-high", "prune.token_pruner": "token-cleaning"},
     "score_every": {"prune.score_every": 2},
     "score_model": {"prune.score_model": ""},
+    "corners": {"prune.corners": "random", "prune.supplement": "random"},
 }
 
 
