@@ -1,0 +1,167 @@
+"""Everything the larger base model of docs/results.md is made of: its tokenizer, its random start, its text, its rows.
+
+    python -m benchmarks.base --shared ../shared --out runs/base
+    python -m qtjax.train --config configs/pretrain_base.py           # writes runs/pretrain_base/model
+    python -m benchmarks.table --config configs/base.py --out runs/base_table ...
+
+Writes into --out: init (a LLaMA of 2.4 million parameters with random weights and a byte-level BPE of 4,096 tokens), text.jsonl
+(novels, encyclopedia, P3 and chain-of-thought rows as plain text, shuffled), train.jsonl and test.jsonl (a mixture of P3,
+chain of thought, GSM8K, ARC-Easy, OpenBookQA and CommonsenseQA as prompt, completion, task), and a file of multiple-choice
+questions for each of the last three. Test rows come from the sources' own test files; of P3 and chain of thought, which have
+none, every tenth row is kept apart. The same files and seed give the same bytes.
+"""
+
+import csv
+import gzip
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from qtjax import models
+from qtjax.atomic import write_atomic
+from qtjax.checkpoints import save_pretrained
+from qtjax.errors import QtjaxError, door
+from qtjax.evals import read_question
+from qtjax.flags import parse_flags
+from qtjax.smol.corpus import documents, read_books
+from qtjax.smol.tokenizer import save, train
+
+VOCABULARY = 4096
+LONGEST = 800  # characters of a document or a row, about 220 tokens
+KEPT = ("prompt", "completion", "task")
+CHOICE = ("arc_easy", "openbookqa", "commonsenseqa")
+Row = dict[str, Any]
+
+
+def shape() -> models.ModelConfig:
+    """2.4 million parameters, of which 0.8 million are the (tied) embedding."""
+    return models.ModelConfig(
+        vocab_size=VOCABULARY, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2,
+        head_dim=32, tie_word_embeddings=True, max_position_embeddings=512, bos_token_id=0, eos_token_id=(1,),
+    )  # fmt: skip
+
+
+def json_lines(path: Path) -> Iterator[Row]:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+def p3(sft: Path) -> Iterator[Row]:
+    for row in json_lines(sft / "t0_p3_50k.jsonl.gz"):
+        yield {"prompt": row["prompt"].strip(), "completion": row["completion"].strip(), "task": "p3"}
+
+
+def chain_of_thought(sft: Path) -> Iterator[Row]:
+    """Rationale, then the answer: "... So the answer is X."."""
+    for file in sorted(sft.glob("flan_cot_*_train.tsv")):
+        with open(file, encoding="utf-8", newline="") as lines:
+            for fields in csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE):
+                if len(fields) == 3:
+                    question, answer, why = (field.replace("\\n", "\n").strip() for field in fields)
+                    yield {"prompt": question, "completion": f"{why} So the answer is {answer}.", "answer": answer, "task": "cot"}
+
+
+def gsm8k(file: Path) -> Iterator[Row]:
+    for row in json_lines(file):
+        yield {"prompt": row["question"], "completion": re.sub(r"<<.*?>>", "", row["answer"]), "task": "gsm8k"}
+
+
+def choices(file: Path, task: str) -> Iterator[Row]:
+    """prompt, choices, answer (index), and the right choice's text as completion."""
+    rows = json.loads(file.read_text(encoding="utf-8")) if file.suffix == ".json" else json_lines(file)
+    for i, row in enumerate(rows):
+        asked = read_question(row, "chat", f"{file.name} row {i}")
+        yield {
+            "question": asked.prompt, "choices": list(asked.choices), "answer": asked.answer, "prompt": asked.prompt,
+            "completion": asked.choices[asked.answer], "task": task,
+        }  # fmt: skip
+
+
+def fits(row: Row) -> bool:
+    return len(row["prompt"]) + len(row["completion"]) <= LONGEST and row["prompt"] != "" and row["completion"] != ""
+
+
+def apart(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """(nine tenths, every tenth)."""
+    return [row for i, row in enumerate(rows) if i % 10], list(rows[::10])
+
+
+def drawn(rng: np.random.Generator, rows: Sequence[Row], count: int) -> list[Row]:
+    if len(rows) < count:
+        raise QtjaxError(f"only {len(rows)} rows of {rows[0]['task'] if rows else 'a task'} fit {LONGEST} characters, {count} are asked for")
+    return [rows[i] for i in rng.choice(len(rows), count, replace=False)]
+
+
+def write_lines(file: Path, rows: Sequence[Row]) -> None:
+    write_atomic(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def prepare(shared: Path, out: Path, seed: int, rows: int, characters: int) -> dict[str, int]:
+    """Writes all files; returns how many rows each has."""
+    sft, texts, evals = shared / "data/sft", shared / "data/text", shared / "data/eval"
+    rng = np.random.default_rng(seed)
+    sources = {
+        "p3": apart([row for row in p3(sft) if fits(row)]),
+        "cot": apart([row for row in chain_of_thought(sft) if fits(row)]),
+        "gsm8k": tuple([row for row in gsm8k(sft / f"gsm8k_{part}.jsonl") if fits(row)] for part in ("train", "test")),
+        "arc_easy": tuple(list(choices(sft / f"llmadapters_ARC-Easy_{part}.json", "arc_easy")) for part in ("train", "test")),
+        "openbookqa": tuple(list(choices(sft / f"llmadapters_openbookqa_{part}.json", "openbookqa")) for part in ("train", "test")),
+        "commonsenseqa": tuple(list(choices(evals / f"commonsenseqa_{part}.jsonl", "commonsenseqa")) for part in ("train", "dev")),
+    }
+    shares = {"p3": 0.35, "cot": 0.15, "gsm8k": 0.1, "arc_easy": 0.15, "openbookqa": 0.125, "commonsenseqa": 0.125}
+    train_rows, test_rows = [], []
+    for task, (learnt, held) in sources.items():
+        for part, chosen, count in ((train_rows, learnt, round(shares[task] * rows)), (test_rows, held, round(shares[task] * 400))):
+            part += [{name: row[name] for name in KEPT} for row in drawn(rng, chosen, count)]
+    for part in (train_rows, test_rows):
+        rng.shuffle(part)
+    taught = {row["prompt"] for row in train_rows}
+    text = [{"text": d} for d in documents_of(texts)]
+    text += [
+        {"text": f"{row['prompt']}\n{row['completion']}"} for task in ("p3", "cot") for row in sources[task][0] if row["prompt"] not in taught
+    ]
+    rng.shuffle(text)
+    total = np.cumsum([len(row["text"]) for row in text])
+    text = text[: int(np.searchsorted(total, characters)) + 1]
+    files = {"text": text, "train": train_rows, "test": test_rows}
+    files |= {task: [{n: row[n] for n in ("question", "choices", "answer")} for row in sources[task][1]] for task in CHOICE}
+    out.mkdir(parents=True, exist_ok=True)
+    for name, lines in files.items():
+        write_lines(out / f"{name}.jsonl", lines)
+    tokenizer = train((row["text"] for row in text[:30000]), VOCABULARY)
+    save(tokenizer, str(out / "tokenizer"))
+    save_pretrained(out / "init", shape(), models.init_params(shape(), jax.random.key(seed)), tokenizer_from=str(out / "tokenizer"))
+    return {name: len(lines) for name, lines in files.items()}
+
+
+def documents_of(texts: Path) -> Iterator[str]:
+    """Novels up to 1925, and Wikitext's validation part; its test part is left for evaluation."""
+    for name in ("english_novels.jsonl.gz", "classic_books_subset.jsonl.gz"):
+        for book in read_books(str(texts / name), 1925):
+            yield from documents(book, LONGEST)
+    yield from documents((texts / "wikitext2_valid.txt").read_text(encoding="utf-8").replace(" @-@ ", "-").replace(" @,@ ", ","), LONGEST)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    own = parse_flags(
+        "python -m benchmarks.base", __doc__.splitlines()[0], argv,
+        {
+            "shared": ("../shared", "folder that holds data/sft, data/text and data/eval"), "out": ("runs/base", "folder to write to"),
+            "rows": (2000, "rows of train.jsonl"), "characters": (40_000_000, "characters of text.jsonl at most"), "seed": (0, "of every draw"),
+        },
+    )  # fmt: skip
+    shared = Path(own["shared"])
+    if not (shared / "data/sft").is_dir():
+        raise QtjaxError(f"--shared {shared}: holds no data/sft; name the folder of the reference data")
+    counts = prepare(shared, Path(own["out"]), own["seed"], own["rows"], own["characters"])
+    print(f"{own['out']}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+
+
+if __name__ == "__main__":
+    door(main)
