@@ -13,6 +13,7 @@ Seconds are scoring, packing and training of a run together; compilation and eva
 """
 
 import json
+import re
 import shutil
 import statistics
 import sys
@@ -32,6 +33,7 @@ from qtjax.atomic import write_atomic, write_json
 from qtjax.config import SAMPLE_PRUNERS, TOKEN_PRUNERS, Config, load_config, override, validate
 from qtjax.data.prepare import training_rows
 from qtjax.errors import QtjaxError, door, near_names
+from qtjax.evals.choice_rows import FORMS
 from qtjax.flags import typed
 from qtjax.report.totals import totals
 from qtjax.train import use_compile_cache
@@ -77,7 +79,7 @@ def settings_of(pair: str, config: Config) -> dict[str, Any]:
 
     Raises QtjaxError for an unknown pruner or field, with near names, and for a value of another type.
     """
-    names, *changes = pair.split("+")
+    names, *changes = re.split(r"\+(?=[\w.]+=)", pair)  # a value may hold a plus: token_scope=q2+q4
     pruners = names.split(":")
     if len(pruners) != 2:
         raise QtjaxError(f"--pairs {pair!r}: must be SAMPLE:TOKEN, for example random:perplexity")
@@ -140,14 +142,15 @@ def configured(config: Config, cell: Cell, seed: int, folder: Path, *, data_path
     return validate(override(config, changes))
 
 
-def run_one(config: Config, choice: Sequence[str] = ()) -> dict[str, Any]:
-    """Trains and evaluates; what the table and its readers need of it. choice: files of multiple-choice questions."""
+def run_one(config: Config, choice: Sequence[str] = (), form: str = "auto") -> dict[str, Any]:
+    """Trains and evaluates; what the table and its readers need of it. choice: files of multiple-choice questions, asked in
+    the form of `evals.read_question`."""
     folder_path = Path(config.run.folder)
     shutil.rmtree(folder_path, ignore_errors=True)  # what an interrupted run left
     with RunFolder.open(config) as folder:
         session = open_session(config, folder, Console(quiet=True))
         train_steps(session, folder, quiet=True)
-        found = evaluated(config, session, choice)
+        found = evaluated(config, session, choice, form)
         folder.flush()
         metrics, records = folder.read_metrics(), folder.read_samples()
         provenance = story.provenance(session, folder)
@@ -163,7 +166,7 @@ def run_one(config: Config, choice: Sequence[str] = ()) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def evaluated(config: Config, session: Session, choice: Sequence[str]) -> dict[str, Any]:
+def evaluated(config: Config, session: Session, choice: Sequence[str], form: str) -> dict[str, Any]:
     """loss (nats a token), exact_match, ended (fractions 0-1), tasks {name: accuracy}: None or {} where not asked for."""
     params, overlay = session.model.subject.join(session.loop.state.trainable, session.loop.frozen)
     given = {"overlay": overlay, "mesh": session.mesh, "progress": False}
@@ -175,7 +178,7 @@ def evaluated(config: Config, session: Session, choice: Sequence[str]) -> dict[s
             out |= {"exact_match": exact.accuracy, "ended": exact.ended, "tasks": {t: a for t, (a, _) in exact.by_task.items()}}
     for file in choice:
         asked = override(config, {"data.eval_path": file})
-        questions = evals.load_held_out(asked, session.model.config, session.tokenizer, ("choice",))
+        questions = evals.load_held_out(asked, session.model.config, session.tokenizer, ("choice",), choice_form=form)
         found = evals.evaluate(asked, session.model.config, params, session.tokenizer, questions, **given)
         out["tasks"][Path(file).stem] = found["choice"].acc_norm
     return out
@@ -211,13 +214,14 @@ def spent(result: dict[str, Any]) -> float:
 class Table:
     """The finished runs of --out, and what is asked of them."""
 
-    def __init__(self, out: Path, config: Config, console: Console, choice: Sequence[str] = ()):
-        self.out, self.config, self.console, self.choice, self.file = out, config, console, choice, out / "results.json"
+    def __init__(self, out: Path, config: Config, console: Console, choice: Sequence[str] = (), form: str = "auto"):
+        self.out, self.config, self.console, self.choice, self.form = out, config, console, choice, form
+        self.file = out / "results.json"
         out.mkdir(parents=True, exist_ok=True)
         settings = {n: v for n, v in config.flat().items() if n.split(".")[0] in ("model", "data", "overlay", "train", "eval", "prune")}
         for name in ("prune.sample_pruner", "prune.token_pruner", "prune.sample_keep", "prune.token_keep"):
             settings.pop(name)
-        settings["choice"] = list(choice)
+        settings |= {"choice": list(choice), "choice_form": form}
         self.results: dict[str, Any] = {}
         if self.file.is_file():
             known = json.loads(self.file.read_text())
@@ -240,7 +244,7 @@ class Table:
         begin = time.monotonic()
         data_path = self._noisy(cell.column.noise, seed)
         config = configured(self.config, cell, seed, self.out / "run", data_path=data_path, steps=steps)
-        self.results[key] = run_one(config, self.choice)
+        self.results[key] = run_one(config, self.choice, self.form)
         write_json(self.file, {"settings": self.settings, "machine": machine(), "results": self.results})
         loss = self.results[key]["loss"]
         self.console.print(f"{key}: loss {loss:.4f}, {time.monotonic() - begin:.0f} s", highlight=False)
@@ -279,7 +283,8 @@ def shown(values: Sequence[float], form: str, scale: float = 1.0) -> str:
 
 def named(pair: str) -> str:
     """A row's name: "longest x fastv", "q-tuning x q-tuning, policy=article"."""
-    return pair.replace(":", " x ", 1).replace("+", ", ")
+    names, *changes = re.split(r"\+(?=[\w.]+=)", pair)
+    return ", ".join([names.replace(":", " x "), *changes])
 
 
 def markdown(table: Table, pairs: Sequence[str], columns: Sequence[Column], command: str) -> str:
@@ -463,6 +468,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "budgets": ("12.5x50,25x50,25x70,50x70", "per cent of samples x per cent of target tokens, comma-separated"),
             "noise": ("", "per cent of the rows that get another row's answer, comma-separated; empty: the data as they are"),
             "choice": ("", "files of multiple-choice questions, comma-separated, at most eval.max_samples of each"),
+            "choice-form": ("auto", f"how they are asked: {', '.join(FORMS)}"),
             "seeds": (5, "seeds 0, 1, ... of each"),
         },
     )
@@ -474,7 +480,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     budgets, noises = parse_shares("budgets", own["budgets"], 2, 1), parse_shares("noise", own["noise"], 1, 0)
     columns = [Column(budget, noise) for budget in budgets for noise in noises or [""]]
     out = Path(own["out"])
-    table = Table(out, config, console, [file.strip() for file in own["choice"].split(",") if file.strip()])
+    table = Table(out, config, console, [file.strip() for file in own["choice"].split(",") if file.strip()], own["choice-form"])
     use_compile_cache(override(config, {"run.compile_cache": str(out / "compile_cache")}))
     for seed in range(own["seeds"]):  # all places once before any place twice: a table that is stopped is thin, not half
         for column in columns:

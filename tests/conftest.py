@@ -10,8 +10,9 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores between them
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+# Most of a test's time is compilation, of programs that run once: LLVM need not optimise them. Workers share the cores.
+_XLA = ["--xla_backend_optimization_level=0", *(["--xla_cpu_multi_thread_eigen=false"] if "PYTEST_XDIST_WORKER" in os.environ else [])]
+os.environ.setdefault("XLA_FLAGS", " ".join(_XLA))
 
 import pytest
 

@@ -25,6 +25,8 @@ def test_a_cell_s_config_holds_its_pair_budget_and_seed(tmp_path):
     assert (made.prune.sample_keep, made.prune.token_keep, made.train.seed) == (0.125, 0.5, 3)
     full = table.configured(Config(), table.Cell(table.EQUAL_TIME, table.Column("25x50")), 0, tmp_path / "run", steps=7)
     assert (full.prune.sample_pruner, full.prune.token_pruner, full.train.max_steps) == ("none", "none", 7)
+    row = "q-tuning:none+token_scope=q2+q4+mode=drop"
+    assert table.settings_of(row, Config())["prune.token_scope"] == "q2+q4" and table.named(row) == "q-tuning x none, token_scope=q2+q4, mode=drop"
     row = "q-tuning:q-tuning+policy=article+neighbor_weight=0.25+train.loss=dft"
     made = table.configured(Config(), table.Cell(row, table.Column("25x50")), 0, tmp_path / "run")
     assert (made.prune.policy, made.prune.neighbor_weight, made.train.loss) == ("article", 0.25, "dft")
@@ -49,7 +51,7 @@ def test_full_data_stops_at_the_wall_clock_of_q_tuning(tmp_path):
 def test_finished_runs_are_not_repeated_and_other_settings_refused(tmp_path, monkeypatch):
     """A second table over the same folder runs what is missing only; one of another config is an error."""
     ran = []
-    monkeypatch.setattr(table, "run_one", lambda config, choice: ran.append(config.train.seed) or result(1.0, 1.0))
+    monkeypatch.setattr(table, "run_one", lambda config, *choice: ran.append(config.train.seed) or result(1.0, 1.0))
     for last in (1, 2):
         made = table.Table(tmp_path, Config(), Console(quiet=True))
         for seed in range(last + 1):
