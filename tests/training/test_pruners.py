@@ -251,6 +251,21 @@ def test_a_reference_with_another_vocabulary_is_refused(opened, tmp_path_factory
         opened(**{"prune.token_pruner": "rho-1", "prune.reference_model": str(folder)})
 
 
+@pytest.mark.parametrize("rater", ["fastv", "sparsevlm"])
+def test_a_rater_on_a_model_that_cannot_be_read_is_refused(opened, tmp_path, rater):
+    """Attention is rated inside the forward pass, so a folder of another architecture is refused as it is without a rater."""
+    import json
+    import shutil
+
+    from qtjax.smol import model_folder
+
+    shutil.copytree(model_folder(), tmp_path / "gpt2")
+    file = tmp_path / "gpt2" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "gpt2"}))
+    with pytest.raises(QtjaxError, match="model_type 'gpt2'"):
+        opened(**{"model.path": str(tmp_path / "gpt2"), "prune.token_pruner": rater})
+
+
 def test_titles_name_the_pair():
     """"full data", the paper's name, or both pruners with their budgets."""
     names = {("none", "none"): "full data", ("q-tuning", "q-tuning"): "Q-Tuning 50 % x 50 %", ("random", "none"): "random 50 % x none",
