@@ -372,16 +372,41 @@ def styles(pairs: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def draw(table: Table, pairs: Sequence[str], columns: Sequence[Column], file: Path) -> None:
-    """Held-out loss against seconds over full data's; marks grow with the columns, the dashed line joins the best."""
+    """Held-out loss, and exact match where it is known, against seconds over full data's; marks grow with the columns, the
+    dashed line joins what nothing beats in both."""
     from matplotlib.figure import Figure
 
-    from qtjax.report.style import INK, save, tidy
+    from qtjax.report.style import save, tidy
 
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    axes = figure.add_subplot()
-    tidy(axes)
-    best: list[tuple[float, float]] = []
+    known = all(result["exact_match"] is not None for result in table.results.values())
+    figure = Figure(figsize=(13 if known else 8, 6.5), layout="constrained")
     looks = styles(pairs)
+    for place, (name, scale, said) in enumerate(QUALITIES[: 2 if known else 1]):
+        axes = figure.add_subplot(1, 2 if known else 1, place + 1)
+        tidy(axes)
+        axes.set_xscale("log")
+        if name == "loss":
+            axes.set_yscale("log")
+        _scatter(axes, table, pairs, columns, looks, name, scale)
+        axes.set_xlabel("seconds of scoring, packing and training over full data's (medians)")
+        axes.set_ylabel(said)
+        for axis, shown_as in ((axes.xaxis, "{x:g}"), (axes.yaxis, "{x:g}")):
+            axis.set_major_formatter(shown_as)
+            axis.set_minor_formatter("")
+        axes.set_xticks([t for t in (0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]])
+    figure.suptitle(f"Quality against seconds; marks grow with the columns: {'; '.join(map(str, columns))}", fontsize=11, x=0.01, ha="left")
+    figure.legend(handles=_handles(pairs, looks), fontsize=8, ncols=6, frameon=False, loc="outside lower center")
+    save(figure, file)
+
+
+QUALITIES = (("loss", 1, "held-out loss (nats per token)"), ("exact_match", 100, "exact match (%)"))
+
+
+def _scatter(axes: Any, table: Table, pairs: Sequence[str], columns: Sequence[Column], looks: dict, name: str, scale: float) -> None:
+    """One panel's marks with their intervals, and the line of what nothing beats."""
+    from qtjax.report.style import GREY, INK
+
+    found: list[tuple[float, float]] = []
     for pair in [*pairs, EQUAL_TIME, FULL]:
         color, marker = looks.get(pair, (INK, "*" if pair == FULL else "_"))
         for size, column in enumerate(columns):
@@ -389,23 +414,19 @@ def draw(table: Table, pairs: Sequence[str], columns: Sequence[Column], file: Pa
             if not results or not whole:
                 continue
             x = statistics.median(map(spent, results)) / statistics.median(map(spent, whole))
-            mean, width = interval([r["loss"] for r in results])
-            best.append((x, mean))
+            mean, width = interval([scale * r[name] for r in results])
+            found.append((x, mean))
+            low = min(width, 0.95 * mean) if name == "loss" else width  # an axis in logarithms has no zero
             axes.errorbar(
-                x, mean, yerr=None if np.isnan(width) else width, color=color, marker=marker,
-                markersize=12 if pair == FULL else 5 + 2 * size, elinewidth=0.8, alpha=0.85, linestyle="none",
+                x, mean, yerr=None if np.isnan(width) else [[low], [width]], color=color, marker=marker,
+                markersize=13 if pair == FULL else 5 + 2 * size, elinewidth=0.8, alpha=0.85, linestyle="none",
             )  # fmt: skip
-    front, low = [], float("inf")
-    for x, y in sorted(best):
-        if y < low:
-            low = y
+    front, best = [], float("inf")
+    for x, y in sorted(found):
+        if (better := y if name == "loss" else -y) < best:
+            best = better
             front.append((x, y))
-    axes.plot(*zip(*front), color="#9A9A9A", linewidth=1, linestyle="--", zorder=1)
-    axes.legend(handles=_handles(pairs, looks), fontsize=8, ncols=2, frameon=False)
-    axes.set_xlabel("seconds of scoring, packing and training over full data's (medians)")
-    axes.set_ylabel("held-out loss (nats per token)")
-    axes.set_title(f"Quality against seconds; marks grow with the columns: {'; '.join(map(str, columns))}", fontsize=11, loc="left")
-    save(figure, file)
+    axes.plot(*zip(*front), color=GREY, linewidth=1, linestyle="--", zorder=1)
 
 
 def _handles(pairs: Sequence[str], looks: dict[str, tuple[str, str]]) -> list[Any]:
