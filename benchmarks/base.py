@@ -8,13 +8,16 @@ Writes into --out: init (a LLaMA of 2.4 million parameters with random weights a
 (novels, encyclopedia, P3 and chain-of-thought rows as plain text, shuffled), train.jsonl and test.jsonl (a mixture of P3,
 chain of thought, GSM8K, ARC-Easy, OpenBookQA and CommonsenseQA as prompt, completion, task), and a file of multiple-choice
 questions for each of the last three. Test rows come from the sources' own test files; of P3 and chain of thought, which have
-none, every tenth row is kept apart. The same files and seed give the same bytes.
+none, a tenth of the prompts is kept apart. Whatever repeats a tested prompt, or shares eight words in a row with a tested
+multiple-choice question (ECQA holds CommonsenseQA's), is left out of text and training rows. The same files and seed give
+the same bytes.
 """
 
 import csv
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ from qtjax.smol.corpus import documents, read_books
 from qtjax.smol.tokenizer import save, train
 
 VOCABULARY = 4096
+RUN = 8  # words in a row that make a text repeat a question
 LONGEST = 800  # characters of a document or a row, about 220 tokens
 KEPT = ("prompt", "completion", "task")
 CHOICE = ("arc_easy", "openbookqa", "commonsenseqa")
@@ -87,9 +91,35 @@ def fits(row: Row) -> bool:
     return len(row["prompt"]) + len(row["completion"]) <= LONGEST and row["prompt"] != "" and row["completion"] != ""
 
 
+def words(text: str) -> tuple[str, ...]:
+    """Lower case, letters and digits only."""
+    return tuple(re.findall(r"[a-z0-9]+", text.lower()))
+
+
 def apart(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """(nine tenths, every tenth)."""
-    return [row for i, row in enumerate(rows) if i % 10], list(rows[::10])
+    """(nine tenths, a tenth) of the prompts, all rows of a prompt on the same side."""
+    held = [zlib.crc32(" ".join(words(row["prompt"])).encode()) % 10 == 0 for row in rows]
+    return [row for row, h in zip(rows, held) if not h], [row for row, h in zip(rows, held) if h]
+
+
+class Tested:
+    """What may not be shown: prompts of the test rows, and questions of the choice files, also inside other texts."""
+
+    def __init__(self, prompts: Sequence[str], questions: Sequence[str]):
+        self.prompts = {words(prompt) for prompt in prompts}
+        self.runs: dict[int, set[tuple[str, ...]]] = {}
+        for question in map(words, questions):
+            length = min(RUN, len(question))
+            self.runs.setdefault(length, set()).update(question[i : i + length] for i in range(len(question) - length + 1))
+
+    def shown_by(self, prompt: str) -> bool:
+        found = words(prompt)
+        if found in self.prompts:
+            return True
+        # A question of fewer than eight words counts where it stands from the beginning, as in "Who is it? Options: ...".
+        return any(
+            found[i : i + length] in known for length, known in self.runs.items() for i in range(len(found) - length + 1 if length == RUN else 1)
+        )
 
 
 def drawn(rng: np.random.Generator, rows: Sequence[Row], count: int) -> list[Row]:
@@ -115,17 +145,16 @@ def prepare(shared: Path, out: Path, seed: int, rows: int, characters: int) -> d
         "commonsenseqa": tuple(list(choices(evals / f"commonsenseqa_{part}.jsonl", "commonsenseqa")) for part in ("train", "dev")),
     }
     shares = {"p3": 0.35, "cot": 0.15, "gsm8k": 0.1, "arc_easy": 0.15, "openbookqa": 0.125, "commonsenseqa": 0.125}
-    train_rows, test_rows = [], []
-    for task, (learnt, held) in sources.items():
-        for part, chosen, count in ((train_rows, learnt, round(shares[task] * rows)), (test_rows, held, round(shares[task] * 400))):
-            part += [{name: row[name] for name in KEPT} for row in drawn(rng, chosen, count)]
+    test_rows = [row for task, (_, held) in sources.items() for row in drawn(rng, held, round(shares[task] * 400))]
+    tested = Tested([row["prompt"] for row in test_rows], [row["question"] for task in CHOICE for row in sources[task][1]])
+    free = {task: [row for row in learnt if not tested.shown_by(row["prompt"])] for task, (learnt, _) in sources.items()}
+    train_rows = [row for task, learnt in free.items() for row in drawn(rng, learnt, round(shares[task] * rows))]
+    test_rows, train_rows = ([{name: row[name] for name in KEPT} for row in part] for part in (test_rows, train_rows))
     for part in (train_rows, test_rows):
         rng.shuffle(part)
     taught = {row["prompt"] for row in train_rows}
     text = [{"text": d} for d in documents_of(texts)]
-    text += [
-        {"text": f"{row['prompt']}\n{row['completion']}"} for task in ("p3", "cot") for row in sources[task][0] if row["prompt"] not in taught
-    ]
+    text += [{"text": f"{row['prompt']}\n{row['completion']}"} for task in ("p3", "cot") for row in free[task] if row["prompt"] not in taught]
     rng.shuffle(text)
     total = np.cumsum([len(row["text"]) for row in text])
     text = text[: int(np.searchsorted(total, characters)) + 1]

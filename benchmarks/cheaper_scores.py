@@ -5,10 +5,10 @@ in bfloat16, or of another model (prune.score_lag, score_every, score_dtype, sco
     python -m benchmarks.cheaper_scores --ways score_lag=1,score_every=2 --steps 60 --rounds 6 --json scores.json --config ...
 
 Runs of one config side by side, one exact and one for each way, each on its own weights. Before every step of such a run its
-batch is scored once more, exactly, on the weights as they are then, and what both decisions keep is counted (step 1 is left
-out: it is exact in most ways). Only the steps themselves are timed, in rounds that alternate between the runs, so that what
-else the machine does falls on all; a time ratio is the median over rounds of (way / exact of the SAME round). Prints a
-Markdown table.
+batch is scored once more, exactly, on the weights as they are then, and what both decisions keep is counted; step 1, and with
+score_every the epochs that score anew, are left out: they are exact. Only the steps themselves are timed, in rounds that alternate between the runs, so that what
+else the machine does falls on all; a time ratio is the median over rounds of (way / exact of the SAME round). The pass of another
+model before the first step is divided among the steps. Prints a Markdown table.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 
@@ -38,8 +39,8 @@ from qtjax.training.step import Decision
 
 
 @contextlib.contextmanager
-def opened(config: Config, changes: dict[str, Any], steps: int, folder: Path) -> Iterator[tuple[Loop, int]]:
-    """(loop, its steps) of a fresh run, nothing held out, its folder thrown away."""
+def opened(config: Config, changes: dict[str, Any], steps: int, folder: Path) -> Iterator[tuple[Loop, int, float]]:
+    """(loop, its steps, seconds of another model's pass) of a fresh run, nothing held out, its folder thrown away."""
     config = override(
         config,
         {
@@ -50,7 +51,7 @@ def opened(config: Config, changes: dict[str, Any], steps: int, folder: Path) ->
     use_compile_cache(config)
     with RunFolder.open(validate(config)) as run:
         session = open_session(config, run, Console(stderr=True))
-        yield session.loop, session.total_steps
+        yield session.loop, session.total_steps, session.seconds["other_models"]
         session.close()
 
 
@@ -72,9 +73,9 @@ def exact_decision(scorer: Loop, loop: Loop, step: int) -> Decision:
     return decision
 
 
-def measure(loops: dict[str, Loop], steps: int, rounds: int, console: Console) -> dict[str, Any]:
+def measure(loops: dict[str, Loop], before: dict[str, float], steps: int, rounds: int, console: Console) -> dict[str, Any]:
     """Runs all loops to their end, the first of them the exact one: {"overlap": {way: a row a step}, "rounds": seconds per
-    step and clock of each way, a dict a round}."""
+    step and clock of each way, a dict a round}. before: seconds spent before the first step."""
     exact, rows, turns = next(iter(loops)), {way: [] for way in loops}, []
     decided: dict[str, list[Decision]] = {way: [] for way in loops}
     for way, loop in loops.items():
@@ -85,14 +86,15 @@ def measure(loops: dict[str, Loop], steps: int, rounds: int, console: Console) -
         for way in ways[turn % len(ways) :] + ways[: turn % len(ways)]:  # none is always first
             loop, spent, clocks = loops[way], 0.0, dict.fromkeys(CLOCKS, 0.0)
             for step in block.tolist():
-                truth = exact_decision(loops[exact], loop, step) if way != exact and step else None
+                same = way == exact or step == 0 or (loop.store is not None and loop.store.passes(step))
+                truth = None if same else jax.block_until_ready(exact_decision(loops[exact], loop, step))
                 begin = time.perf_counter()
                 metrics, _ = loop.step(step, steps)
                 spent += time.perf_counter() - begin
                 clocks = {name: clocks[name] + metrics[f"seconds_{name}"] for name in CLOCKS}
                 if truth is not None:
                     rows[way].append(overlap(step, decided[way][step], truth))
-            seconds[way] = {"step": spent / len(block)} | {name: clocks[name] / len(block) for name in CLOCKS}
+            seconds[way] = {"step": spent / len(block) + before[way] / steps} | {name: clocks[name] / len(block) for name in CLOCKS}
         turns.append(seconds)
         said = ", ".join(f"{way} {seconds[way]['step']:.3f}" for way in loops)
         console.print(f"[dim]round {turn + 1} of {rounds}, seconds a step: {said}[/dim]")
@@ -147,6 +149,10 @@ def main() -> None:
         raise QtjaxError(f"--steps {given['steps']} --rounds {given['rounds']}: at least 4 steps, 1 round and a step a round")
     if not pruners(config.prune).scores:
         raise QtjaxError(f"prune.sample_pruner = {config.prune.sample_pruner!r}: these pruners need no scores; name others")
+    plain = {"score_lag": 0, "score_every": 1, "score_dtype": "", "score_model": "", "warmup_fraction": 0.0}
+    for name, value in plain.items():
+        if getattr(config.prune, name) != value:
+            raise QtjaxError(f"prune.{name} = {getattr(config.prune, name)!r}: is not exact; leave it out here and name it in --ways")
     ways = {way.strip(): changes_of([way.strip()], config, f"--ways {way.strip()!r}") for way in given["ways"].split(",") if way.strip()}
     with tempfile.TemporaryDirectory() as root, contextlib.ExitStack() as stack:
         runs = {
@@ -154,7 +160,8 @@ def main() -> None:
             for i, (way, changes) in enumerate({"exact": {}, **ways}.items())
         }
         steps = runs["exact"][1]  # fewer than asked for, where train.epochs ends first
-        report = measure({way: loop for way, (loop, _) in runs.items()}, steps, given["rounds"], Console(stderr=True))
+        loops, before = ({way: run[i] for way, run in runs.items()} for i in (0, 2))
+        report = measure(loops, before, steps, given["rounds"], Console(stderr=True))
     head = f"{config.model.path} on {config.data.path}, {steps} steps of {config.prune.batch_size} samples, {machine()}"
     print("\n".join([head, "", *lines(report)]))
     if given["json"]:

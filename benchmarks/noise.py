@@ -21,8 +21,10 @@ def write_noisy(data: DataSection, share: float, seed: int, file: Path) -> None:
     the `provenance` "injected". Rows of the provenance "mislabelled" are left out first, so that `share` (0-1) is the
     whole share of wrong answers. Raises QtjaxError for rows without one answer, or a task with one answer only.
     """
-    rows = [row for row in training_rows(data) if row.get("provenance") != "mislabelled"]
-    answers = [_answer(row, data) for row in rows]
+    source = training_rows(data)
+    where = [i for i in range(len(source)) if source[i].get("provenance") != "mislabelled"]
+    rows = [source[i] for i in where]
+    answers = [_answer(row, data, source.where(i)) for row, i in zip(rows, where)]
     chosen = np.random.default_rng(seed).permutation(len(rows))[: round(share * len(rows))]
     draw = np.random.default_rng((seed, 1))
     by_task: dict[str, list[int]] = {}
@@ -32,20 +34,23 @@ def write_noisy(data: DataSection, share: float, seed: int, file: Path) -> None:
     for i in sorted(int(i) for i in chosen):
         others = [j for j in by_task[str(rows[i].get("task", ""))] if answers[j] != answers[i]]
         if not others:
-            raise QtjaxError(f"{data.path} row {i}: all rows of its task have the same answer, so that there is no wrong one")
+            raise QtjaxError(f"{source.where(where[i])}: all rows of its task have the same answer, so that there is no wrong one")
         noisy[i] = _with_answer(rows[i], data, answers[int(draw.choice(others))]) | {"provenance": INJECTED}
-    write_atomic(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in noisy))
+    write_atomic(file, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in noisy))
 
 
-def _column(row: dict[str, Any], data: DataSection) -> str:
-    for name in (data.completion_column, "completion", "output"):
-        if name and isinstance(row.get(name), str):
-            return name
-    raise QtjaxError(f"{data.path}: noise needs one answer a row: a text column completion or output, or messages")
+def _column(row: dict[str, Any], data: DataSection) -> str | None:
+    names = (name for name in (data.completion_column, "completion", "output") if name and isinstance(row.get(name), str))
+    return next(names, None)
 
 
-def _answer(row: dict[str, Any], data: DataSection) -> str:
-    return row["messages"][-1]["content"] if isinstance(row.get("messages"), list) else row[_column(row, data)]
+def _answer(row: dict[str, Any], data: DataSection, where: str) -> str:
+    messages = row.get("messages")
+    if isinstance(messages, list) and messages and messages[-1].get("role") == "assistant":
+        return messages[-1]["content"]
+    if messages is None and (column := _column(row, data)):
+        return row[column]
+    raise QtjaxError(f"{where}: noise needs one answer a row: a text column completion or output, or messages that end with the assistant's")
 
 
 def _with_answer(row: dict[str, Any], data: DataSection, answer: str) -> dict[str, Any]:

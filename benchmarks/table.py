@@ -31,13 +31,14 @@ from benchmarks.noise import write_noisy
 from qtjax import evals
 from qtjax.atomic import write_atomic, write_json
 from qtjax.config import SAMPLE_PRUNERS, TOKEN_PRUNERS, Config, load_config, override, validate
-from qtjax.data.prepare import training_rows
+from qtjax.data.prepare import held_out_rows, training_rows
 from qtjax.errors import QtjaxError, door, near_names
-from qtjax.evals.choice_rows import FORMS
+from qtjax.evals.choice_rows import FORMS, read_question
 from qtjax.flags import typed
 from qtjax.report.totals import totals
 from qtjax.train import use_compile_cache
 from qtjax.training import story
+from qtjax.training.pruners import pruners
 from qtjax.training.run import Session, open_session, train_steps
 from qtjax.training.run_folder import RunFolder
 
@@ -46,6 +47,11 @@ PAPER = "q-tuning:q-tuning," + ",".join(
     for sample in ("random", "longest", "entropy", "infobatch-budget")
     for token in ("random", "perplexity", "fastv", "sparsevlm")
 )
+# What the rows, columns and seeds of a table are made of.
+OWN = (
+    "prune.sample_pruner", "prune.token_pruner", "prune.sample_keep", "prune.token_keep", "train.seed", "train.epochs", "train.max_steps",
+    "data.path", "data.eval_path",
+)  # fmt: skip
 FULL, EQUAL_TIME, Q_TUNING = "full data", "full data, equal time", "q-tuning:q-tuning"
 
 
@@ -77,16 +83,21 @@ def full(column: Column) -> Cell:
 def settings_of(pair: str, config: Config) -> dict[str, Any]:
     """The pruners and changes of "q-tuning:q-tuning+policy=article"; a field without a section is of `prune`.
 
-    Raises QtjaxError for an unknown pruner or field, with near names, and for a value of another type.
+    Raises QtjaxError for an unknown pruner or field, with near names, for a value of another type, and for what the table sets
+    itself.
     """
-    names, *changes = re.split(r"\+(?=[\w.]+=)", pair)  # a value may hold a plus: token_scope=q2+q4
-    pruners = names.split(":")
-    if len(pruners) != 2:
+    text, *changes = re.split(r"\+(?=[\w.]+=)", pair)  # a value may hold a plus: token_scope=q2+q4
+    names = text.split(":")
+    if len(names) != 2:
         raise QtjaxError(f"--pairs {pair!r}: must be SAMPLE:TOKEN, for example random:perplexity")
-    for name, known in zip(pruners, (SAMPLE_PRUNERS, TOKEN_PRUNERS)):
+    for name, known in zip(names, (SAMPLE_PRUNERS, TOKEN_PRUNERS)):
         if name not in known:
             raise QtjaxError(f"--pairs {pair!r}: {name!r} must be one of {', '.join(known)}{near_names(name, known)}")
-    return {"prune.sample_pruner": pruners[0], "prune.token_pruner": pruners[1]} | changes_of(changes, config, f"--pairs {pair!r}")
+    out = changes_of(changes, config, f"--pairs {pair!r}")
+    for name in out:
+        if name.startswith("run.") or name in OWN:
+            raise QtjaxError(f"--pairs {pair!r}: {name} is set by the table itself; leave it out")
+    return {"prune.sample_pruner": names[0], "prune.token_pruner": names[1]} | out
 
 
 def changes_of(texts: Sequence[str], config: Config, where: str) -> dict[str, Any]:
@@ -105,7 +116,7 @@ def parse_pairs(text: str, config: Config) -> list[str]:
     """"random:perplexity,..." as given. Raises QtjaxError as `settings_of`."""
     pairs = [pair.strip() for pair in text.split(",") if pair.strip()]
     for pair in pairs:
-        validate(override(config, settings_of(pair, config)))
+        pruners(validate(override(config, settings_of(pair, config))).prune)
     return pairs
 
 
@@ -127,15 +138,16 @@ def parse_shares(flag: str, text: str, parts: int, least: float) -> list[str]:
 
 
 def configured(config: Config, cell: Cell, seed: int, folder: Path, *, data_path: str = "", steps: int = 0) -> Config:
-    """One run's config. Args: data_path: in place of the config's; steps: of full data stopped early; 0: all."""
+    """One run's config. Args: data_path: rows in place of the config's; steps: of full data at equal time; 0: all."""
     changes: dict[str, Any] = {
         "train.seed": seed, "train.compare_full_data": 0, "run.folder": str(folder), "run.tensorboard": False, "run.export": False,
         "train.checkpoint_every": 10**6, "run.compile_cache": str(folder.parent / "compile_cache"),
     }  # fmt: skip
-    changes |= {"data.path": data_path} if data_path else {}
+    changes |= {"data.path": data_path, "data.part": "", "data.max_samples": 0} if data_path else {}  # what is written is all of it
     if cell.pair in (FULL, EQUAL_TIME):
         changes |= {"prune.sample_pruner": "none", "prune.token_pruner": "none"}
-        changes |= {"train.max_steps": steps} if steps else {}
+        if steps:  # more than the config's, where pruning is slower than full data
+            changes |= {"train.max_steps": steps, "train.epochs": config.train.epochs + steps}
     else:
         shares = [float(part) / 100 for part in cell.column.budget.split("x")]
         changes |= {"prune.sample_keep": shares[0], "prune.token_keep": shares[1]} | settings_of(cell.pair, config)
@@ -157,17 +169,19 @@ def run_one(config: Config, choice: Sequence[str] = (), form: str = "auto") -> d
         quadrants = quadrants_by_provenance(config, records) if provenance else None
         session.close()
     done = totals(metrics)
+    done["seconds"]["scoring"] += session.seconds["other_models"]
     shutil.rmtree(folder_path)
     return found | {
         "seconds": {name: round(value, 3) for name, value in done["seconds"].items()}, "steps": done["steps"], "samples": done["samples"],
         "tokens": done["tokens"] | {"trained": sum(m["trained_tokens"] for m in metrics)}, "closing": done["closing"], "fill": done["fill"],
-        "by_epoch": {name: by_epoch(metrics, name, config) for name in ("spearman", "level")},
+        "by_epoch": {name: by_epoch(metrics, name) for name in ("spearman", "level")},
         "provenance": provenance, "quadrants": quadrants,
     }  # fmt: skip
 
 
 def evaluated(config: Config, session: Session, choice: Sequence[str], form: str) -> dict[str, Any]:
-    """loss (nats a token), exact_match, ended (fractions 0-1), tasks {name: accuracy}: None or {} where not asked for."""
+    """loss (nats a token), exact_match, ended (fractions 0-1), None where not asked for; tasks {name: accuracy} by exact match,
+    "FILE (choice)" by the likeliest choice (acc_norm)."""
     params, overlay = session.model.subject.join(session.loop.state.trainable, session.loop.frozen)
     given = {"overlay": overlay, "mesh": session.mesh, "progress": False}
     out: dict[str, Any] = {"loss": None, "exact_match": None, "ended": None, "tasks": {}}
@@ -180,15 +194,16 @@ def evaluated(config: Config, session: Session, choice: Sequence[str], form: str
         asked = override(config, {"data.eval_path": file})
         questions = evals.load_held_out(asked, session.model.config, session.tokenizer, ("choice",), choice_form=form)
         found = evals.evaluate(asked, session.model.config, params, session.tokenizer, questions, **given)
-        out["tasks"][Path(file).stem] = found["choice"].acc_norm
+        out["tasks"][f"{Path(file).stem} (choice)"] = found["choice"].acc_norm
     return out
 
 
-def by_epoch(metrics: Sequence[dict[str, Any]], name: str, config: Config) -> list[float | None]:
+def by_epoch(metrics: Sequence[dict[str, Any]], name: str) -> list[float | None]:
     """The mean of a metric over the steps of each epoch; None where none has it."""
-    whole = max(1, round(len(metrics) / max(config.train.epochs, 1)))
-    epochs = [metrics[at : at + whole] for at in range(0, len(metrics), whole)]
-    known = [[m[name] for m in epoch if m.get(name) is not None and m[name] == m[name]] for epoch in epochs]
+    known: list[list[float]] = [[] for _ in range(max((m["epoch"] for m in metrics), default=-1) + 1)]
+    for m in metrics:
+        if m.get(name) is not None and m[name] == m[name]:
+            known[m["epoch"]].append(m[name])
     return [round(float(np.mean(values)), 4) if values else None for values in known]
 
 
@@ -259,7 +274,10 @@ class Table:
         return str(file)
 
     def equal_time_steps(self, column: Column) -> int:
-        """Full-data steps in the median seconds of Q-Tuning in this column, both as measured here; at least one."""
+        """Full-data steps in the median seconds of Q-Tuning in this column, both as measured here; at least one. Runs that are
+        there keep their number, so that all seeds have the same."""
+        if known := self.of(Cell(EQUAL_TIME, column)):
+            return known[0]["steps"]
         pruned = statistics.median(spent(result) for result in self.of(Cell(Q_TUNING, column)))
         step = statistics.median(spent(result) / result["steps"] for result in self.of(full(column)))
         return max(1, int(pruned / step))
@@ -289,7 +307,8 @@ def named(pair: str) -> str:
 
 def markdown(table: Table, pairs: Sequence[str], columns: Sequence[Column], command: str) -> str:
     """The tables as the paper prints them: a row a pair, a column a budget."""
-    seeds = max((len(table.of(Cell(pair, column))) for pair in pairs for column in columns), default=0)
+    counts = sorted({len(table.of(Cell(pair, column))) for pair in pairs for column in columns})
+    seeds = "-".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     lines = [
         f"`{command}`", "",
         f"{machine()}; mean and 95 % interval (Student's t) over {seeds} seeds; budgets are % of samples x % of target tokens.", "",
@@ -326,8 +345,8 @@ def markdown(table: Table, pairs: Sequence[str], columns: Sequence[Column], comm
 
 
 def provenance_lines(table: Table, pairs: Sequence[str], columns: Sequence[Column]) -> list[str]:
-    """For every provenance but the right ones: recall (of its rows, how many are dropped) and precision (of the dropped rows,
-    how many are of it); nothing where the data do not say."""
+    """For every provenance: recall (of its rows, how many are dropped) and precision (of the dropped rows, how many are of
+    it); nothing where the data do not say."""
     lines = []
     for column in columns:
         found = {pair: [r["provenance"] for r in table.of(Cell(pair, column)) if r["provenance"]] for pair in pairs}
@@ -375,6 +394,7 @@ def draw(table: Table, pairs: Sequence[str], columns: Sequence[Column], file: Pa
     """Held-out loss, and exact match where it is known, against seconds over full data's; marks grow with the columns, the
     dashed line joins what nothing beats in both."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     from qtjax.report.style import save, tidy
 
@@ -390,10 +410,10 @@ def draw(table: Table, pairs: Sequence[str], columns: Sequence[Column], file: Pa
         _scatter(axes, table, pairs, columns, looks, name, scale)
         axes.set_xlabel("seconds of scoring, packing and training over full data's (medians)")
         axes.set_ylabel(said)
-        for axis, shown_as in ((axes.xaxis, "{x:g}"), (axes.yaxis, "{x:g}")):
-            axis.set_major_formatter(shown_as)
+        for axis in [axes.xaxis] + [axes.yaxis] * (name == "loss"):
+            axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter("")
-        axes.set_xticks([t for t in (0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]])
     figure.suptitle(f"Quality against seconds; marks grow with the columns: {'; '.join(map(str, columns))}", fontsize=11, x=0.01, ha="left")
     figure.legend(handles=_handles(pairs, looks), fontsize=8, ncols=6, frameon=False, loc="outside lower center")
     save(figure, file)
@@ -498,10 +518,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     if own["seeds"] < 1:
         raise QtjaxError(f"--seeds = {own['seeds']}: must be 1 or more")
     pairs, console = parse_pairs(own["pairs"], config), Console(stderr=True)
+    if not pairs:
+        raise QtjaxError("--pairs: is empty; name at least one, for example random:random")
     budgets, noises = parse_shares("budgets", own["budgets"], 2, 1), parse_shares("noise", own["noise"], 1, 0)
     columns = [Column(budget, noise) for budget in budgets for noise in noises or [""]]
     out = Path(own["out"])
-    table = Table(out, config, console, [file.strip() for file in own["choice"].split(",") if file.strip()], own["choice-form"])
+    if not config.data.eval_path and (own["noise"] or not config.data.eval_fraction):
+        raise QtjaxError("data.eval_path = '': a table compares held-out losses, and noise must not reach them; name a held-out file")
+    if own["choice-form"] not in FORMS:
+        raise QtjaxError(f"--choice-form {own['choice-form']!r}: must be one of {', '.join(FORMS)}{near_names(own['choice-form'], FORMS)}")
+    choice = [file.strip() for file in own["choice"].split(",") if file.strip()]
+    for file in choice:
+        for i, row in enumerate(held_out_rows(override(config, {"data.eval_path": file}).data)):
+            read_question(row, own["choice-form"], f"--choice {file} row {i}")
+    if len({Path(file).stem for file in choice}) < len(choice):
+        raise QtjaxError(f"--choice {own['choice']}: two files have the same name; a table's rows are named by them")
+    table = Table(out, config, console, choice, own["choice-form"])
     use_compile_cache(override(config, {"run.compile_cache": str(out / "compile_cache")}))
     for seed in range(own["seeds"]):  # all places once before any place twice: a table that is stopped is thin, not half
         for column in columns:

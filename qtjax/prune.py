@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     from qtjax.data.progress import LateProgress
     from qtjax.data.tokenizer import check_vocabulary
     from qtjax.evals.curate import FORMATS, Parts, write_results
-    from qtjax.evals.decisions import check_offline, decisions
+    from qtjax.evals.decisions import check_offline, decisions, left_out
     from qtjax.report.plane import draw_plane
     from qtjax.training.open_model import open_mesh, open_model
     from qtjax.training.reference import check_other_model, other_model_scores
@@ -48,11 +48,13 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     model = open_model(config.model, own["checkpoint"], mesh=mesh)
     rows, dataset = training_rows(config.data), training_data(config.data, model.tokenizer)
     check_vocabulary(model.tokenizer, model.config.vocab_size, dataset.input_ids)
+    if said := left_out(config.prune):
+        console.print(said, highlight=False, soft_wrap=True)
     parts = Parts(out, config, own["checkpoint"], dataset)
     reference = None
     if needs.reference:
         check_other_model(config, "prune.reference_model", model.tokenizer)
-        reference = other_model_scores(config, "prune.reference_model", dataset, mesh, out)[0]
+        reference = other_model_scores(config, "prune.reference_model", dataset, mesh, out).scores[0]
     if parts.done:
         console.print(f"goes on after batch {parts.done}", highlight=False)
     begin = time.monotonic()

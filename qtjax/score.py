@@ -38,12 +38,14 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     from qtjax.data.tokenizer import check_vocabulary
     from qtjax.report.plane import draw_plane
     from qtjax.training.open_model import open_mesh, open_model
-    from qtjax.evals.decisions import check_offline
+    from qtjax.evals.decisions import check_offline, left_out
     from qtjax.evals.survey import survey
     from qtjax.training.reference import check_other_model, other_model_scores
 
     needs = check_offline(config.prune)
     console, out = console or Console(), Path(own["out"])
+    if said := left_out(config.prune):
+        console.print(said, highlight=False, soft_wrap=True)
     with disk_errors(out, "making the folder"):
         out.mkdir(parents=True, exist_ok=True)
     mesh = open_mesh(config.mesh, own["checkpoint"])
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     reference = None
     if needs.reference:
         check_other_model(config, "prune.reference_model", model.tokenizer)
-        reference = other_model_scores(config, "prune.reference_model", dataset, mesh, out)[0]
+        reference = other_model_scores(config, "prune.reference_model", dataset, mesh, out).scores[0]
     with LateProgress("scoring", len(dataset)) as bar:
         table, correlation = survey(
             config, model.config, model.params, dataset, overlay=model.overlay, mesh=mesh, reference=reference, progress=bar.advance

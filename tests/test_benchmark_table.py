@@ -73,6 +73,13 @@ def test_finished_runs_are_not_repeated_and_other_settings_refused(tmp_path, mon
         (["--pairs", "random:random+neighbor_weight=x"], "neighbor_weight = 'x': must be a number"),
         (["--pairs", "random:random+neighbor_weight=2"], "neighbor_weight = 2.0: is a fraction"),
         (["--seeds", "0"], "--seeds = 0"),
+        (["--pairs", "random:random+run.folder=x"], "run.folder is set by the table itself"),
+        (["--pairs", "random:random+sample_keep=0.5"], "sample_keep is set by the table itself"),
+        (["--pairs", "q-tuning:rho-1"], "reference_model = ''"),
+        (["--pairs", ","], "--pairs: is empty"),
+        (["--noise", "0,30", "--data.eval-path", ""], "data.eval_path = ''"),
+        (["--choice-form", "clause"], "choice-form 'clause': must be one of"),
+        (["--choice", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
 def test_bad_input_is_one_line(flags, message, tmp_path):
@@ -107,6 +114,31 @@ def test_noise_refuses_rows_that_have_no_wrong_answer(rows, message, tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(QtjaxError, match=message):
         noise.write_noisy(DataSection(path=str(file), eval_fraction=0.0), 1.0, 0, tmp_path / "noisy.jsonl")
+
+
+def test_a_metric_s_mean_is_taken_epoch_by_epoch():
+    """Steps say their epoch; steps without the metric, and NaN, do not count; an epoch without any has none."""
+    metrics = [{"epoch": 0, "level": 0.2}, {"epoch": 0, "level": 0.4}, {"epoch": 1}, {"epoch": 2, "level": float("nan")}, {"epoch": 2, "level": 1.0}]
+    assert table.by_epoch(metrics, "level") == [0.3, None, 1.0]
+
+
+def test_equal_time_may_be_longer_than_the_config_and_stays_what_it_was(tmp_path):
+    """Where pruning is slower than full data, equal time is more than the config's epochs; a second call with other medians
+    keeps the number of steps."""
+    column = table.Column("25x50")
+    made = table.configured(Config(), table.Cell(table.EQUAL_TIME, column), 0, tmp_path / "run", steps=900)
+    assert made.train.max_steps == 900 and made.train.epochs > Config().train.epochs
+    held = table.Table(tmp_path, Config(), Console(quiet=True))
+    held.results = {table.full(column).key(0): result(1.0, 20.0), table.Cell(table.Q_TUNING, column).key(0): result(1.0, 6.0),
+                    table.Cell(table.EQUAL_TIME, column).key(0): result(1.0, 1.0, steps=5)}  # fmt: skip
+    assert held.equal_time_steps(column) == 5
+
+
+def test_noise_is_not_taken_from_twice(tmp_path):
+    """The file holds the rows of the part and number asked for, so that a noisy cell's config asks for all of it."""
+    config = override(Config(), {"data.part": "2/3", "data.max_samples": 10, "data.eval_path": "smol-instruct"})
+    made = table.configured(config, table.Cell("random:random", table.Column("25x50", "30")), 0, tmp_path / "run", data_path="noisy.jsonl")
+    assert (made.data.path, made.data.part, made.data.max_samples) == ("noisy.jsonl", "", 0)
 
 
 def test_provenance_says_recall_and_precision_by_hand():

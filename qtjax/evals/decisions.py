@@ -1,5 +1,6 @@
 """What the pruners decide about a whole dataset under one set of weights, batch by batch as the first epoch of training would."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,19 +31,29 @@ class Decided(NamedTuple):
     decision: Decision
 
 
+_OF_TRAINING = ("score_lag", "score_every", "score_dtype", "score_model", "warmup_fraction")
+
+
 def check_offline(prune: PruneSection) -> Pruners:
-    """The config's pruners. Raises QtjaxError as `pruners`, and for infobatch, which needs an epoch of training."""
-    needs = pruners(prune)
+    """The config's pruners, without what only training has. Raises QtjaxError as `pruners`, and for infobatch, which needs an epoch of training."""
+    needs = pruners(as_it_is(prune))
     if needs.by_epoch:
         raise QtjaxError(
             "prune.sample_pruner = 'infobatch': decides by the losses of the epoch before, which only training has; take"
             " infobatch-budget, which decides within a batch"
         )
-    for name in ("score_model", "score_dtype"):
-        if value := getattr(prune, name):
-            field = "model.path" if name == "score_model" else "model.dtype"
-            raise QtjaxError(f"prune.{name} = {value!r}: is of training; here the model scores as it is, so set {field} instead")
     return needs
+
+
+def as_it_is(prune: PruneSection) -> PruneSection:
+    """The section without what only training has: here the model itself scores everything, exactly."""
+    return dataclasses.replace(prune, **{name: getattr(PruneSection(), name) for name in _OF_TRAINING})
+
+
+def left_out(prune: PruneSection) -> str:
+    """One line that names the settings given that do nothing here; "" where there are none."""
+    given = [f"prune.{name}" for name in _OF_TRAINING if getattr(prune, name) != getattr(PruneSection(), name)]
+    return f"{', '.join(given)}: of training only; here the model scores everything itself, as it is" if given else ""
 
 
 _choose = partial(jax.jit, static_argnums=0)(choose_early)
@@ -68,7 +79,7 @@ def decisions(
       progress: called with the number of samples of each batch.
     Raises QtjaxError as `check_offline`.
     """
-    prune, needs = config.prune, check_offline(config.prune)
+    prune, needs = as_it_is(config.prune), check_offline(config.prune)
     plan = BatchPlan(len(dataset), prune.batch_size, config.train.seed)
     row_length = config.train.row_length or config.data.max_length
     for step in range(first, plan.steps_per_epoch):
@@ -94,4 +105,4 @@ def decisions(
             progress(int(batch.valid.sum()))
 
 
-__all__ = ["Decided", "check_offline", "decisions"]
+__all__ = ["Decided", "check_offline", "decisions", "left_out"]

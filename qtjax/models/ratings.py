@@ -69,7 +69,7 @@ class Plan:
 def plan(rater: str, num_layers: int, targets: Array, segment: Array) -> Plan:
     """Args: targets bool [B, L], none where segment int [B, L] is 0."""
     spec = _RATERS[rater]
-    depths, slots = spec.depths(num_layers), jnp.arange(targets.shape[1], dtype=jnp.int32)
+    depths = spec.depths(num_layers)
     later = jax.vmap(_later_targets)(targets, segment)
     last = targets & (later == 0)
     rows = last if spec.last_row_only else targets

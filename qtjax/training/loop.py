@@ -77,7 +77,7 @@ class Loop:
         self.state, self.frozen, self.shapes, self.row_length, self.schedule = state, frozen, shapes, row_length, schedule
         self.pruners, self.reference = pruners(config.prune), reference
         self.lag = config.prune.score_lag if self.pruners.scores else 0
-        self.warmup = math.ceil(config.prune.warmup_fraction * last - 1e-9) if self.pruners.decides else 0
+        self.warmup = min(math.ceil(config.prune.warmup_fraction * last - 1e-9), last - 1)
         self.epochs = None
         if self.pruners.by_epoch:
             self.epochs = EpochPlan(len(dataset), plan.steps_per_epoch, last, config.prune, config.train.seed)
@@ -140,6 +140,8 @@ class Loop:
 
     def score(self, prepared: Prepared, step: int) -> Scored:
         """The scores that the pruners need under the current weights, then both stages, over the global batch."""
+        if self.epochs is not None:
+            self.epochs.at(step)  # plans where an epoch begins, in a warm-up too
         if not self.pruners.decides or step < self.warmup:
             return Scored(prepared, (), None)
         if self.pruners.early and self._passes(step):  # only what is kept need be scored
@@ -274,6 +276,7 @@ class Loop:
         if self.epochs is not None:
             out["epochs"] = self.epochs.tree()
         out |= self._kept_scores()
+        out = jax.tree.map(np.array, out)  # a copy: what is kept goes on changing while it is written
         return jax.device_put(out, replicated(self.mesh)) if out else None
 
     def pending_shape(self, step: int, last: int) -> dict[str, Any] | None:

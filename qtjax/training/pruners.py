@@ -69,6 +69,8 @@ def pruners(prune: PruneSection) -> Pruners:
             " choose rho-1 or token-cleaning"
         )
     _check_scoring(prune, out)
+    if prune.warmup_fraction and not decides:
+        raise QtjaxError(f"prune.warmup_fraction = {prune.warmup_fraction}: nothing is pruned after it; set it to 0")
     if prune.score_lag and out.by_epoch:
         raise QtjaxError("prune.score_lag = 1: infobatch plans an epoch by the losses of the one before; set it to 0")
     return out
@@ -83,7 +85,7 @@ def _check_scoring(prune: PruneSection, out: Pruners) -> None:
     if prune.score_model and (len(given) > 1 or prune.score_lag):
         other = next((name for name in given if name != "score_model"), "score_lag")
         raise QtjaxError(f"prune.score_model and prune.{other}: that model scores everything once before training; leave one of them out")
-    if prune.score_every > 1 and out.early:
+    if prune.score_every > 1 and out.early and prune.sample_pruner != "none":
         raise QtjaxError(
             f"prune.score_every = {prune.score_every}: {prune.sample_pruner} chooses other samples in every epoch and only those are scored;"
             " set it to 1"

@@ -3,8 +3,9 @@ compare with (prune.reference_model), or a smaller model whose scores stand for 
 
 import hashlib
 import io
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -37,21 +38,30 @@ def check_other_model(config: Config, field: str, tokenizer: Any) -> None:
         )
 
 
-def other_model_scores(config: Config, field: str, dataset: TokenizedDataset, mesh: Mesh, folder: Path, rater: str = "") -> np.ndarray:
-    """float32 [signals, total]: every token's nll and entropy (nats), and with a rater its rating, under the model that
-    `field` names; 0 where it is no target.
+class OtherScores(NamedTuple):
+    """scores float32 [signals, total]: every token's nll and entropy (nats), and a rating where one was asked for; 0 where it
+    is no target. seconds: what the pass took, without compilation."""
 
-    Kept in `folder` under a name made of the data's fingerprint and the model's path, so that a resumed run reads it back.
+    scores: np.ndarray
+    seconds: float
+
+
+def other_model_scores(config: Config, field: str, dataset: TokenizedDataset, mesh: Mesh, folder: Path, rater: str = "") -> OtherScores:
+    """The data set under the model that `field` names; with a rater also its rating.
+
+    Kept in `folder` under a name made of the data's fingerprint, the model's path and its files' sizes and times, so that a
+    resumed run reads it back.
     """
     path = config.flat()[field]
-    name = hashlib.sha256(f"{dataset.fingerprint} {path} {rater}".encode()).hexdigest()[:16]
-    file = folder / f"{field.partition('.')[2]}-{name}.npy"
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(resolve_folder(path)).iterdir()) if f.is_file()]
+    name = hashlib.sha256(f"{dataset.fingerprint} {path} {files} {rater}".encode()).hexdigest()[:16]
+    file = folder / f"{field.partition('.')[2]}-{name}.npz"
     out = np.zeros((3 if rater else 2, len(dataset.input_ids)), np.float32)
     if file.is_file():
-        with disk_errors(file, "reading"):
-            kept = np.load(file, allow_pickle=False)
-        if kept.shape == out.shape:
-            return kept
+        with disk_errors(file, "reading"), np.load(file, allow_pickle=False) as kept:
+            found = OtherScores(kept["scores"], float(kept["seconds"]))
+        if found.scores.shape == out.shape:
+            return found
     m = config.model
     shape, params = load_pretrained(path, m.dtype, mesh=mesh, param_dtype=m.param_dtype)
     samples = [Sample(ids, mask, np.arange(len(ids), dtype=np.int32)) for ids, mask, _ in map(dataset.sample, range(len(dataset)))]
@@ -60,16 +70,20 @@ def other_model_scores(config: Config, field: str, dataset: TokenizedDataset, me
         launches = scored_rows(
             shape, params, samples, row_length=row_length, rows=config.train.rows, mesh=mesh, rater=rater, progress=bar.advance
         )
+        launched, begin = 0, time.perf_counter()
         for packed, scored in launches:
+            launched += 1
+            begin = time.perf_counter() if launched == 1 else begin  # the first one compiles
             there = packed.loss_mask
             where = dataset.offsets[packed.sample[there]] + packed.position_ids[there]
             for signal, scores in zip(out, scored):
                 signal[where] = scores[there]
+    seconds = (time.perf_counter() - begin) * launched / max(launched - 1, 1)
     if jax.process_index() == 0:
         data = io.BytesIO()
-        np.save(data, out, allow_pickle=False)
+        np.savez(data, scores=out, seconds=np.float64(seconds))
         write_atomic(file, data.getvalue())
-    return out
+    return OtherScores(out, seconds)
 
 
-__all__ = ["check_other_model", "other_model_scores"]
+__all__ = ["OtherScores", "check_other_model", "other_model_scores"]

@@ -116,11 +116,12 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     loop = Loop(
         config, mesh, dataset, plan, programs, state, frozen, shapes=shapes, row_length=row_length,
         schedule=learning_rate_schedule(config.train, steps), last=steps,
-        reference=None if reference is None else reference[0], stored=stored,
+        reference=None if reference is None else reference.scores[0], stored=None if stored is None else stored.scores,
     )  # fmt: skip
     checkpoints = RunState(folder.checkpoints, config.train.keep_checkpoints)
     step = _resume(loop, steps, checkpoints, folder, dataset, console)
-    seconds = {"load": loaded - begin, "compile": compiled - loaded}
+    others_seconds = sum(found.seconds for found in (reference, stored) if found is not None)
+    seconds = {"load": loaded - begin, "compile": compiled - loaded, "other_models": others_seconds}
     return Session(config, mesh, tokenizer, dataset, model, held_out, loop, checkpoints, step, steps, seconds)
 
 

@@ -53,7 +53,7 @@ class ScoreStore:
 
     def tree(self) -> dict[str, Any]:
         """What a checkpoint needs; {} where the scores stand in a file of their own."""
-        return {} if self.fixed else {name: kept.copy() for name, kept in zip(self.signals, self.scores)}
+        return {} if self.fixed else {name: kept for name, kept in zip(self.signals, self.scores)}
 
     def restore(self, tree: dict[str, Any]) -> None:
         """Goes on with what `tree` gave."""

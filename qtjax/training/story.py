@@ -64,6 +64,7 @@ def _train(config: Config, folder: RunFolder, console: Console, begin: float, qu
         export(session, folder, params, overlay)
     steps = folder.read_metrics()
     summary = {"title": _title(config), "policy": config.prune.policy, **totals(steps)}
+    summary["seconds"]["scoring"] += session.seconds["other_models"]  # a pass before the first step is a pass
     summary["evaluation"] = _evaluation(session.held_out, base, after)
     summary["speed_up"] = _speed_up(session, summary["seconds"])
     summary["data"] = {

@@ -28,7 +28,9 @@ def test_accuracies_by_hand(monkeypatch, model, tokenizer):
     ]
     said = ["so it is 4", "so it is 4", "white", "I say the old man did"]
     monkeypatch.setattr(MODULE, "answer", lambda *a, **k: [tokenizer(t, add_special_tokens=False)["input_ids"] for t in said])
-    found = exact_match(*model, tokenizer, prompts_of(tokenizer, rows), max_new_tokens=8, batch_size=4, stop_ids=())
+    lengths = [len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in said]
+    found = exact_match(*model, tokenizer, prompts_of(tokenizer, rows), max_new_tokens=max(lengths), batch_size=4, stop_ids=())
+    assert [a.ended for a in found.answers] == [n < max(lengths) for n in lengths] and found.ended == found.summary()["ended"] == 0.75
     assert [a.correct for a in found.answers] == [True, False, True, True]
     assert [a.rule for a in found.answers] == ["number", "number", "equal", "contains"]
     assert found.accuracy == 0.75 and found.by_task == {"sum": (0.5, 2), "who": (1.0, 1)}

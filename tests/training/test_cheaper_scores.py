@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from qtjax.checkpoints import load_pretrained, save_pretrained
 from qtjax.config import PruneSection, override
 from qtjax.errors import QtjaxError
-from qtjax.evals.decisions import check_offline
+from qtjax.evals.decisions import as_it_is, check_offline, left_out
 from qtjax.training import reference, story
 from qtjax.training.pruners import pruners
 from qtjax.training.restore import load_run
@@ -83,7 +84,8 @@ def test_a_crash_while_scores_are_used_again_changes_nothing(tiny_config, tmp_pa
 
 
 def test_another_model_scores_once_and_no_step_scores_again(opened, tiny_model, monkeypatch):
-    """With the model's own folder as scorer the first step decides as an exact one does; the second still uses those scores."""
+    """With the model's own folder as scorer the first step decides as an exact one does; the second still uses those scores.
+    The pass counts as scoring time."""
     exact = opened()
     expected = exact.loop.score(exact.loop.prepare(0), 0)
     session = opened(**{"prune.score_model": tiny_model, "run.folder": str(opened.root / "other")})
@@ -95,10 +97,25 @@ def test_another_model_scores_once_and_no_step_scores_again(opened, tiny_model, 
     before = signals_of(loop, 1)[1]
     assert loop.step(0, session.total_steps)[0]["scored_tokens"] == 0
     np.testing.assert_array_equal(signals_of(loop, 1)[1], before)
-    assert not loop.programs.score and len(list((opened.root / "other").glob("score_model-*.npy"))) == 1
+    assert not loop.programs.score and len(list((opened.root / "other").glob("score_model-*.npz"))) == 1
+    assert session.seconds["other_models"] > 0
     monkeypatch.setattr(reference, "load_pretrained", None)  # read back, not scored again
     kept = reference.other_model_scores(loop.config, "prune.score_model", loop.dataset, loop.mesh, opened.root / "other")
-    np.testing.assert_array_equal(kept, loop.store.scores)
+    np.testing.assert_array_equal(kept.scores, loop.store.scores)
+    assert kept.seconds == session.seconds["other_models"]
+
+
+def test_the_scores_are_the_other_model_s(opened, tiny_model, tmp_path):
+    """A folder with other weights gives its own nll, as `score_rows` computes it there, and not the trained model's."""
+    config, params = load_pretrained(tiny_model)
+    save_pretrained(tmp_path / "scaled", config, jax.tree.map(lambda x: x * 1.2, params), tokenizer_from=tiny_model)
+    loop = opened(**{"prune.score_model": str(tmp_path / "scaled")}).loop
+    batch, (_, found) = loop.prepare(0).batch, signals_of(loop, 0)
+    rows = {"input_ids": batch.input_ids, "loss_mask": batch.targets,
+            "attention_mask": np.arange(batch.input_ids.shape[1])[None] < batch.lengths[:, None]}  # fmt: skip
+    theirs, own = (np.asarray(score_rows(config, p, None, rows)[0]) for p in (load_pretrained(str(tmp_path / "scaled"))[1], params))
+    np.testing.assert_allclose(found[batch.targets], theirs[batch.targets], rtol=2e-4, atol=2e-5)
+    assert np.abs(found - own)[batch.targets].max() > 0.1
 
 
 def test_a_rater_s_scores_come_from_the_other_model_too(opened, tiny_model):
@@ -135,6 +152,7 @@ def test_the_scoring_pass_has_its_own_dtype(opened):
         ({"score_model": "x", "score_every": 2}, "score_model and prune.score_every"),
         ({"score_model": "x", "score_dtype": "bfloat16"}, "score_model and prune.score_dtype"),
         ({"score_model": "x", "score_lag": 1}, "score_model and prune.score_lag"),
+        ({"sample_pruner": "none", "token_pruner": "none", "warmup_fraction": 0.1}, "warmup_fraction = 0.1: nothing is pruned"),
     ],
 )
 def test_ways_of_scoring_that_do_not_go_together_are_refused(changes, message):
@@ -143,8 +161,31 @@ def test_ways_of_scoring_that_do_not_go_together_are_refused(changes, message):
         pruners(PruneSection(**changes))
 
 
-@pytest.mark.parametrize("changes", [{"score_model": "x"}, {"score_dtype": "bfloat16"}])
-def test_curation_scores_with_the_model_itself(changes):
-    """Offline there is nothing in training to stand in for."""
-    with pytest.raises(QtjaxError, match="is of training"):
-        check_offline(PruneSection(**changes))
+def test_offline_the_model_itself_scores_and_says_so():
+    """What only training has neither disturbs nor goes unmentioned, since a run's own config may hold it."""
+    prune = PruneSection(score_model="x", warmup_fraction=0.5)
+    assert as_it_is(prune) == PruneSection() and check_offline(prune).passes
+    assert left_out(prune).startswith("prune.score_model, prune.warmup_fraction: of training only") and left_out(PruneSection()) == ""
+
+
+def test_infobatch_plans_nothing_before_it_knows_an_epoch_s_losses(opened):
+    """A warm-up that ends inside the first epoch leaves that epoch whole: every sample trains, with weight 1."""
+    session = opened(**{"prune.sample_pruner": "infobatch", "prune.token_pruner": "none", "prune.warmup_fraction": 0.33})
+    loop = session.loop
+    for step in range(3):
+        assert loop.step(step, session.total_steps)[0]["kept_samples"] == 16
+        assert (loop.epochs.weight == 1).all()
+
+
+def test_a_warm_up_leaves_a_step_to_prune(opened):
+    """However near to 1 the fraction is, the last step prunes."""
+    loop = opened(**{"prune.warmup_fraction": 0.99}).loop
+    assert loop.warmup == 5  # of six
+
+
+def test_tokens_of_all_samples_may_use_kept_scores(opened):
+    """Full samples, pruned tokens: every sample is scored in the first epoch, so that the second has all scores."""
+    session = opened(**{"prune.sample_pruner": "none", "prune.score_every": 2})
+    taken = [session.loop.step(step, session.total_steps)[0] for step in range(6)]
+    assert [m["scored_tokens"] > 0 for m in taken] == [True] * 3 + [False] * 3
+    assert all(0 < m["kept_tokens"] < m["target_tokens"] for m in taken)
