@@ -341,7 +341,44 @@ def markdown(table: Table, pairs: Sequence[str], columns: Sequence[Column], comm
         if any(table.of(Cell(EQUAL_TIME, c)) for c in columns):
             lines += [f"| {EQUAL_TIME} | {' | '.join(show(table.of(Cell(EQUAL_TIME, c)), c) for c in columns)} |"]
         lines += [f"| {FULL}, equal steps | {' | '.join(show(table.of(full(c)), c) for c in columns)} |", ""]
-    return "\n".join(lines + provenance_lines(table, pairs, columns))
+    return "\n".join([*lines, *chosen_lines(table, pairs, columns), *quadrant_lines(table, pairs, columns), *provenance_lines(table, pairs, columns)])
+
+
+def chosen_lines(table: Table, pairs: Sequence[str], columns: Sequence[Column]) -> list[str]:
+    """Of pruners with corners: where the kept samples come from, closing tokens pruned, correlation of the two scores."""
+    lines = []
+    for pair in pairs:
+        for column in columns:
+            runs = table.of(Cell(pair, column))
+            sums = {name: sum(r["samples"].get(name, 0) for r in runs) for name in ("kept", "q2", "q3", "q4", "supplement")}
+            if not sums["q2"] + sums["q3"] + sums["q4"] + sums["supplement"]:
+                continue
+            medians = [sum(r["samples"]["supplement_median"][q] for r in runs) for q in "1234"]
+            closing = [sum(r["closing"][name] for r in runs) for name in ("pruned", "seen")]
+            rank = [[r["by_epoch"]["spearman"][at] for r in runs if r["by_epoch"]["spearman"][at] is not None] for at in (0, -1)]
+            cells = [f"{100 * sums[name] / sums['kept']:.1f}" for name in ("q2", "q4", "q3", "supplement")]
+            cells += [" ".join(f"{100 * m / max(sums['supplement'], 1):.0f}" for m in medians)]
+            cells += [f"{100 * closing[0] / max(closing[1], 1):.1f}", *(f"{np.mean(values):.2f}" if values else "-" for values in rank)]
+            lines.append(f"| {named(pair)} | {column} | {' | '.join(cells)} |")
+    if not lines:
+        return []
+    head = "| pruners | at | Q2 | Q4 | Q3 | supplement | of it in median Q1 Q2 Q3 Q4 | closing tokens pruned | Spearman, first epoch | last |"
+    return ["**Where the kept samples come from (% of them), and what the two scores have in common**", "", head, "|---|---|" + "---:|" * 8, *lines, ""]
+
+
+def quadrant_lines(table: Table, pairs: Sequence[str], columns: Sequence[Column]) -> list[str]:
+    """Of Q-Tuning: in which median quadrant the rows of each provenance lie, in the first and in the last epoch."""
+    lines = []
+    for column in columns:
+        runs = [r["quadrants"] for r in table.of(Cell(Q_TUNING, column)) if r.get("quadrants")] if Q_TUNING in pairs else []
+        for when in ("first", "last") if runs else ():
+            for kind in sorted({kind for run in runs for kind in run[when]}):
+                counts = np.sum([run[when][kind] for run in runs if kind in run[when]], axis=0)[1:]
+                lines.append(f"| {column} | {when} | {kind} | {' | '.join(f'{100 * c / max(counts.sum(), 1):.0f}' for c in counts)} |")
+    if not lines:
+        return []
+    head = ["| at | epoch | rows | Q1 | Q2 | Q3 | Q4 |", "|---|---|---|---:|---:|---:|---:|"]
+    return [f"**Median quadrants by provenance, {named(Q_TUNING)} (% of such rows)**", "", *head, *lines, ""]
 
 
 def provenance_lines(table: Table, pairs: Sequence[str], columns: Sequence[Column]) -> list[str]:

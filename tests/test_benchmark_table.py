@@ -156,6 +156,7 @@ def test_a_table_of_small_runs_is_written_whole_and_goes_on(tmp_path):
              "--seeds", "1", "--pairs", "q-tuning:q-tuning,random:random+train.loss=dft"]  # fmt: skip
     table.main(flags)
     text = (tmp_path / "table.md").read_text()
+    assert "| q-tuning x q-tuning | 50x50, 0 % wrong |" in text and "| 50x50, 50 % wrong | first | injected |" in text
     for said in ("random x random, train.loss=dft", "50x50, 50 % wrong", "Answers that end by themselves", "injected", "Accuracy on "):
         assert said in text
     assert (tmp_path / "noise.png").stat().st_size and (tmp_path / "pareto.png").stat().st_size
@@ -163,3 +164,19 @@ def test_a_table_of_small_runs_is_written_whole_and_goes_on(tmp_path):
     assert len(done) == 2 * 3 + 2  # columns x (pairs and full data), and equal time
     table.main(flags)
     assert json.loads((tmp_path / "results.json").read_text())["results"] == done
+
+
+def test_where_samples_come_from_by_hand(tmp_path):
+    """Two runs summed: 30 of 100 kept from Q2, 20 from Q4, half supplement, of which 40 of 50 lie in Q1; 3 of 60 closings."""
+    made, column = table.Table(tmp_path, Config(), Console(quiet=True)), table.Column("25x50")
+    for seed, q2 in ((0, 10), (1, 20)):
+        samples = {"kept": 50, "seen": 200, "q2": q2, "q3": 0, "q4": 10, "supplement": 25, "supplement_median": {"1": 20, "2": 0, "3": 5, "4": 0}}
+        made.results[table.Cell(table.Q_TUNING, column).key(seed)] = result(1.0, 1.0) | {
+            "samples": samples, "closing": {"seen": 30, "pruned": 1 + seed}, "by_epoch": {"spearman": [0.5, None, 0.7 + 0.2 * seed]},
+            "quadrants": {"first": {"clean": [0, 1, 1, 2, 0]}, "last": {"clean": [0, 0, 0, 4, 0]}},
+        }  # fmt: skip
+    line = table.chosen_lines(made, [table.Q_TUNING], [column])[4]
+    assert line == "| q-tuning x q-tuning | 25x50 | 30.0 | 20.0 | 0.0 | 50.0 | 80 0 20 0 | 5.0 | 0.50 | 0.80 |"
+    assert table.quadrant_lines(made, [table.Q_TUNING], [column])[4:6] == [
+        "| 25x50 | first | clean | 25 | 25 | 50 | 0 |", "| 25x50 | last | clean | 0 | 0 | 100 | 0 |"
+    ]  # fmt: skip
