@@ -4,8 +4,8 @@ Source    the paper's rule, arXiv 2509.23873 (v2), 25 % of the samples x 50 % of
 Model     smol: 1.05 million parameters, pretrained by configs/pretrain_smol.py; full-parameter training.
 Data      smol-instruct: 2,048 rows (55 % clean, 15 % mislabelled, 20 % redundant, 10 % padded), 37 tokens each of
           which 15 are trained; 512 clean rows held out that ask for facts, lists and sums not shown in training.
-Cost      256 steps of 64 scored samples, 616,000 tokens scored and a quarter of the rows trained on; a minute and a half
-          on two CPU cores, compilation included.
+Cost      256 steps of 64 scored samples, 616,000 tokens scored and a quarter of the rows trained on; little more than a
+          minute on two CPU cores, compilation included.
 Expected  exact match 0 % before (the base model has never seen a chat turn), about a third after; held-out loss from
           4.7 to about 0.6 nats.
 Command   python -m qtjax.train --config configs/smol.py
