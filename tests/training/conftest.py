@@ -10,8 +10,11 @@ from rich.console import Console
 from qtjax import models
 from qtjax.checkpoints import save_pretrained
 from qtjax.config import Config, override, validate
+from qtjax.training import story
+from qtjax.training.restore import load_run
 from qtjax.training.run import open_session
 from qtjax.training.run_folder import RunFolder
+from qtjax.tree import flatten
 
 WORDS = "red blue green one two three four cat dog bird sun moon tree house river stone".split()
 
@@ -56,6 +59,23 @@ def tiny_config(tiny_model, tiny_data, tmp_path):
         return validate(override(Config(), base | changes))
 
     return make
+
+
+@pytest.fixture
+def differ_after_a_cut(tiny_config, tmp_path, power_cut):
+    """differ_after_a_cut(at, **changes) -> paths of trained values in which a run cut at step `at` (from 0) and taken up again
+    differs from one that never stopped; bitwise."""
+
+    def run(at: int, **changes) -> list[str]:
+        quiet = Console(quiet=True)
+        whole, broken = (override(tiny_config(**changes), {"run.folder": f"{tmp_path}/{name}"}) for name in ("whole", "broken"))
+        story.run(whole, quiet, quiet=True)
+        power_cut(lambda: story.run(broken, quiet, quiet=True), lambda loop, number: number == at)
+        story.run(broken, quiet, quiet=True)
+        one, other = (flatten(load_run(config.run.folder)[2]) for config in (whole, broken))
+        return [path for path in one if not np.array_equal(one[path], other[path])]
+
+    return run
 
 
 @pytest.fixture

@@ -5,17 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
 
 from qtjax.checkpoints import load_pretrained, save_pretrained
-from qtjax.config import PruneSection, override
+from qtjax.config import PruneSection
 from qtjax.errors import QtjaxError
 from qtjax.evals.decisions import as_it_is, check_offline, left_out
-from qtjax.training import reference, story
+from qtjax.training import reference
 from qtjax.training.pruners import pruners
-from qtjax.training.restore import load_run
 from qtjax.training.score import score_rows
-from qtjax.tree import flatten
 
 
 def signals_of(loop, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,30 +54,18 @@ def test_pruning_begins_after_the_warm_up(opened):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 2, 3, 4])
-def test_a_crash_about_the_end_of_the_warm_up_changes_nothing(tiny_config, tmp_path, power_cut, cut):
+def test_a_crash_about_the_end_of_the_warm_up_changes_nothing(differ_after_a_cut, cut):
     """With lagged scores the last step of the warm-up launches the first scoring pass, and a checkpoint holds its scores."""
-    quiet = Console(quiet=True)
     changes = {"prune.warmup_fraction": 0.5, "prune.score_lag": 1, "train.checkpoint_every": 1}
-    whole, broken = (override(tiny_config(**changes), {"run.folder": f"{tmp_path}/{name}"}) for name in ("whole", "broken"))
-    story.run(whole, quiet, quiet=True)
-    power_cut(lambda: story.run(broken, quiet, quiet=True), lambda loop, number: number == cut)
-    story.run(broken, quiet, quiet=True)
-    one, other = (flatten(load_run(config.run.folder)[2]) for config in (whole, broken))
-    assert [path for path in one if not np.array_equal(one[path], other[path])] == []
+    assert differ_after_a_cut(cut, **changes) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lag", [0, 1])
-def test_a_crash_while_scores_are_used_again_changes_nothing(tiny_config, tmp_path, power_cut, lag):
+def test_a_crash_while_scores_are_used_again_changes_nothing(differ_after_a_cut, lag):
     """The scores that a checkpoint holds are those of the epoch before: bitwise the same trained values."""
-    quiet = Console(quiet=True)
     changes = {"prune.score_every": 2, "prune.score_lag": lag, "train.epochs": 3.0, "train.checkpoint_every": 2}
-    whole, broken = (override(tiny_config(**changes), {"run.folder": f"{tmp_path}/{name}"}) for name in ("whole", "broken"))
-    story.run(whole, quiet, quiet=True)
-    power_cut(lambda: story.run(broken, quiet, quiet=True), lambda loop, number: number == 5)
-    story.run(broken, quiet, quiet=True)
-    one, other = (flatten(load_run(config.run.folder)[2]) for config in (whole, broken))
-    assert [path for path in one if not np.array_equal(one[path], other[path])] == []
+    assert differ_after_a_cut(5, **changes) == []
 
 
 def test_another_model_scores_once_and_no_step_scores_again(opened, tiny_model, monkeypatch):
