@@ -2,7 +2,7 @@
 
 Source    our own; a LLaMA of 2.4 million parameters: hidden 192, 4 layers, 6 heads over 2 key/value heads, vocabulary 4,096.
 Data      text.jsonl, novels, encyclopedia, P3 and chain-of-thought rows as plain text: python -m benchmarks.base --out runs/base
-Cost      15 million FLOPs a token, 10 million tokens.
+Cost      15 million FLOPs a token, 7 million tokens.
 Expected  loss from 8.3 = ln 4096 at the start.
 Command   python -m qtjax.train --config configs/pretrain_base.py
 """
@@ -17,7 +17,7 @@ def get_config() -> Config:
         prune=PruneSection(sample_pruner="none", token_pruner="none", batch_size=24),
         train=TrainSection(
             epochs=1.0,
-            max_steps=2400,
+            max_steps=1600,
             learning_rate=2e-3,
             warmup_fraction=0.04,
             final_lr_fraction=0.05,
