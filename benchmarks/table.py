@@ -8,7 +8,7 @@
 
 All runs follow one another in this process and share compiled programs; --out holds every finished run, so that a stopped
 table goes on. Beside the pairings stand full data after equal steps, and full data stopped at the wall clock of Q-Tuning
-at each budget, its learning-rate schedule fitted to those steps. Writes results.json, table.md and pareto.png into --out.
+at each budget, its learning-rate schedule fitted to those steps. Writes results.json, table.md, pareto.png and differences.png into --out.
 Seconds are scoring, packing and training of a run together; compilation and evaluation are left out.
 """
 
@@ -341,7 +341,39 @@ def markdown(table: Table, pairs: Sequence[str], columns: Sequence[Column], comm
         if any(table.of(Cell(EQUAL_TIME, c)) for c in columns):
             lines += [f"| {EQUAL_TIME} | {' | '.join(show(table.of(Cell(EQUAL_TIME, c)), c) for c in columns)} |"]
         lines += [f"| {FULL}, equal steps | {' | '.join(show(table.of(full(c)), c) for c in columns)} |", ""]
-    return "\n".join([*lines, *chosen_lines(table, pairs, columns), *quadrant_lines(table, pairs, columns), *provenance_lines(table, pairs, columns)])
+    more = (difference_lines, chosen_lines, quadrant_lines, provenance_lines)
+    return "\n".join([*lines, *(line for part in more for line in part(table, pairs, columns))])
+
+
+def paired(table: Table, cell: Cell, first: Cell, name: str) -> list[float]:
+    """A quality less the first row's, seed by seed: what the seed does to both cancels."""
+    both = [(table.results.get(cell.key(s)), table.results.get(first.key(s))) for s in range(len(table.of(first)))]
+    return [a[name] - b[name] for a, b in both if a and b and a[name] is not None and b[name] is not None]
+
+
+def compared(pairs: Sequence[str], column: Column) -> list[tuple[Cell, str]]:
+    """(place, name) of the rows that stand beside the first in a column."""
+    others = [(Cell(pair, column), named(pair)) for pair in pairs[1:]]
+    return [*others, (Cell(EQUAL_TIME, column), EQUAL_TIME), (full(column), f"{FULL}, equal steps")]
+
+
+def difference_lines(table: Table, pairs: Sequence[str], columns: Sequence[Column]) -> list[str]:
+    """Every row less the first, paired by seed; bold where the interval leaves zero out."""
+    out = []
+    for name, scale, said in QUALITIES:
+        lines = {}
+        for column in columns:
+            for cell, row in compared(pairs, column):
+                values = paired(table, cell, Cell(pairs[0], column), name)
+                text = "-" if not values else shown(values, "+.1f" if scale > 1 else "+.3f", scale).replace("± +", "± ")
+                if len(values) > 1 and abs(interval(values)[0]) > interval(values)[1]:
+                    text = f"**{text}**"
+                lines.setdefault(row, []).append(text)
+        if lines and any(text != "-" for texts in lines.values() for text in texts):
+            out += [f"**Difference from {named(pairs[0])}, paired by seed: {said}**", "", f"| pruners | {' | '.join(map(str, columns))} |", "|---|" + "---:|" * len(columns)]
+            out += [f"| {row} | {' | '.join(texts)} |" for row, texts in lines.items() if any(text != "-" for text in texts)]
+            out.append("")
+    return out
 
 
 def chosen_lines(table: Table, pairs: Sequence[str], columns: Sequence[Column]) -> list[str]:
@@ -506,6 +538,41 @@ def _handles(pairs: Sequence[str], looks: dict[str, tuple[str, str]]) -> list[An
     )
 
 
+def draw_differences(table: Table, pairs: Sequence[str], columns: Sequence[Column], file: Path) -> None:
+    """Every row less the first, paired by seed, with its interval; a panel a quality, a colour a column."""
+    from matplotlib.figure import Figure
+
+    from qtjax.report.style import INK, save, tidy
+
+    known = [quality for quality in QUALITIES if all(result[quality[0]] is not None for result in table.results.values())]
+    rows = [row for _, row in compared(pairs, columns[0])]
+    figure = Figure(figsize=(5 * len(known) + 4, 1.2 + (0.14 + 0.12 * len(columns)) * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(known), sharey=True, squeeze=False)[0]
+    for axes, (name, scale, said) in zip(panels, known):
+        tidy(axes)
+        axes.axvline(0, color=INK, linewidth=1)
+        for place, column in enumerate(columns):
+            shift = 0.7 * ((place + 0.5) / len(columns) - 0.5)
+            for y, (cell, _) in enumerate(compared(pairs, column)):
+                values = paired(table, cell, Cell(pairs[0], column), name)
+                if values:
+                    mean, width = interval([scale * value for value in values])
+                    axes.errorbar(
+                        mean, y + shift, xerr=None if np.isnan(width) else width, color=PALETTE[place % 8], marker=MARKERS[place % 8],
+                        markersize=5, elinewidth=1, label=str(column) if y == 0 else None,
+                    )  # fmt: skip
+        axes.set_xlabel(said)
+        if name == "loss":  # a pruner that fails altogether must not hide the others
+            axes.set_xscale("symlog", linthresh=0.1)
+            axes.xaxis.set_major_formatter("{x:g}")
+    panels[0].set_yticks(range(len(rows)), rows, fontsize=8)
+    panels[0].invert_yaxis()
+    if len(columns) > 1:
+        figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, ncols=8, frameon=False, loc="outside lower center")
+    figure.suptitle(f"Difference from {named(pairs[0])}, paired by seed, 95 % intervals", fontsize=11, x=0.01, ha="left")
+    save(figure, file)
+
+
 def draw_noise(table: Table, pairs: Sequence[str], columns: Sequence[Column], file: Path) -> None:
     """Held-out loss against the share of wrong answers; a panel a budget."""
     from matplotlib.figure import Figure
@@ -585,6 +652,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = markdown(table, pairs, columns, "python -m benchmarks.table " + " ".join(argv if argv is not None else sys.argv[1:]))
     write_atomic(out / "table.md", text + "\n")
     draw(table, pairs, columns, out / "pareto.png")
+    draw_differences(table, pairs, columns, out / "differences.png")
     if noises:
         draw_noise(table, pairs, columns, out / "noise.png")
     print(text)

@@ -159,7 +159,7 @@ def test_a_table_of_small_runs_is_written_whole_and_goes_on(tmp_path):
     assert "| q-tuning x q-tuning | 50x50, 0 % wrong |" in text and "| 50x50, 50 % wrong | first | injected |" in text
     for said in ("random x random, train.loss=dft", "50x50, 50 % wrong", "Answers that end by themselves", "injected", "Accuracy on "):
         assert said in text
-    assert (tmp_path / "noise.png").stat().st_size and (tmp_path / "pareto.png").stat().st_size
+    assert all((tmp_path / f"{name}.png").stat().st_size for name in ("noise", "pareto", "differences"))
     done = json.loads((tmp_path / "results.json").read_text())["results"]
     assert len(done) == 2 * 3 + 2  # columns x (pairs and full data), and equal time
     table.main(flags)
@@ -180,3 +180,19 @@ def test_where_samples_come_from_by_hand(tmp_path):
     assert table.quadrant_lines(made, [table.Q_TUNING], [column])[4:6] == [
         "| 25x50 | first | clean | 25 | 25 | 50 | 0 |", "| 25x50 | last | clean | 0 | 0 | 100 | 0 |"
     ]  # fmt: skip
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    """The first row's loss rises by 10 from seed to seed, and the other's with it: their difference is 1 ± 0 nonetheless. A row
+    of other seeds is compared on the common ones; what has no common seed is left out."""
+    made, column = table.Table(tmp_path, Config(), Console(quiet=True)), table.Column("25x50")
+    pairs = ["q-tuning:q-tuning", "random:random", "random:none", "longest:none"]
+    for seed in range(3):
+        made.results[table.Cell(pairs[0], column).key(seed)] = result(10.0 * seed, 1.0)
+        made.results[table.Cell(pairs[1], column).key(seed)] = result(10.0 * seed + 1, 1.0)
+    made.results[table.Cell(pairs[2], column).key(1)] = result(8.0, 1.0)
+    lines = table.difference_lines(made, pairs, [column])
+    assert lines[0] == "**Difference from q-tuning x q-tuning, paired by seed: held-out loss (nats per token)**"
+    assert lines[4:6] == ["| random x random | **+1.000 ± 0.000** |", "| random x none | -2.000 |"] and len(lines) == 7
+    table.draw_differences(made, pairs, [column], tmp_path / "differences.png")
+    assert (tmp_path / "differences.png").stat().st_size
