@@ -566,7 +566,7 @@ def draw_differences(table: Table, pairs: Sequence[str], columns: Sequence[Colum
             axes.set_xscale("symlog", linthresh=0.1)
             axes.xaxis.set_major_formatter("{x:g}")
     panels[0].set_yticks(range(len(rows)), rows, fontsize=8)
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(rows) - 0.4, -0.6)
     if len(columns) > 1:
         figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, ncols=8, frameon=False, loc="outside lower center")
     figure.suptitle(f"Difference from {named(pairs[0])}, paired by seed, 95 % intervals", fontsize=11, x=0.01, ha="left")
