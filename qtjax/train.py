@@ -22,12 +22,20 @@ def main() -> None:
         "python -m qtjax.train",
         "Fine-tune a LLaMA-family model with joint sample and token pruning (Q-Tuning). Started again with the same"
         " arguments a run continues where it stopped; a finished run prints its table.",
-        extra={"quiet": (False, "print only the closing table")},
+        extra={
+            "quiet": (False, "print only the closing table"),
+            "coordinator": ("", "a run of several processes: HOST:PORT of the first, or auto (SLURM, TPU pod, MPI); empty: one process"),
+            "processes": (0, "how many, with HOST:PORT"),
+            "process": (-1, "which of them this is, counted from 0, with HOST:PORT"),
+        },
     )
+    from qtjax.parallel import join_processes
     from qtjax.training.story import run
 
+    join_processes(own["coordinator"], own["processes"], own["process"])
     use_compile_cache(config)
-    run(config, Console(quiet=own["quiet"], stderr=True), quiet=own["quiet"])
+    quiet = own["quiet"] or jax.process_index() > 0  # one process speaks for all
+    run(config, Console(quiet=quiet, stderr=True), quiet=quiet)
 
 
 if __name__ == "__main__":

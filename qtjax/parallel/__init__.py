@@ -13,6 +13,7 @@ from qtjax.parallel.mesh import (
     tree_shardings,
 )
 from qtjax.parallel.sharding import param_shardings
+from qtjax.parallel.start import join_processes
 
 __all__ = [
     "AXES",
@@ -22,6 +23,7 @@ __all__ = [
     "all_rows",
     "batch_sharding",
     "batch_size",
+    "join_processes",
     "local_rows",
     "make_mesh",
     "param_shardings",

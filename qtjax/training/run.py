@@ -26,7 +26,7 @@ from qtjax.data.prepare import training_data
 from qtjax.data.tokenizer import check_vocabulary, load_tokenizer
 from qtjax.errors import QtjaxError
 from qtjax.models import ModelConfig, check_task_ids
-from qtjax.parallel import batch_size, make_mesh, round_up
+from qtjax.parallel import agree_max, batch_size, make_mesh, round_up
 from qtjax.report.progress import TrainingProgress
 from qtjax.training.ladder import ladder
 from qtjax.training.loop import Loop
@@ -224,7 +224,7 @@ def train_steps(session: Session, folder: RunFolder, *, quiet: bool = False) -> 
             if records is not None:
                 folder.log_samples(session.step, records)
             progress.update(session.step, metrics)
-            stopping = bool(stop)  # read once: a signal may come between two looks
+            stopping = bool(agree_max(len(stop)))  # read once: a signal may come between two looks, and to one process only
             if session.step % every == 0 or session.step == last or stopping:
                 folder.flush()  # records first: a checkpoint never claims a step that they lack
                 session.checkpoints.save(session.step, checkpoint_tree(loop.state), meta, loop.pending())

@@ -17,6 +17,7 @@ from qtjax.config import Config, PruneSection
 from qtjax.data.prepare import training_rows
 from qtjax.errors import QtjaxError
 from qtjax.overlays import Overlay, method_named
+from qtjax.parallel import wait_for_all
 from qtjax.report.pictures import draw_run
 from qtjax.report.table import summary_table
 from qtjax.report.totals import totals
@@ -36,16 +37,25 @@ def run(config: Config, console: Console, *, quiet: bool = False) -> dict[str, A
     refuses; Interrupted after Ctrl-C or SIGTERM, with a checkpoint of the last finished step.
     """
     begin = time.perf_counter()
-    first = jax.process_index() == 0
-    with RunFolder.open(config, writes=first) as folder:
+    with _opened(config) as folder:
         if folder.finished:
             summary = folder.summary()
             console.print(f"{folder.path}: finished already; this is its table", highlight=False, soft_wrap=True)
         else:
             summary = _train(config, folder, console, begin, quiet)
-    if first:
+    if jax.process_index() == 0:
         Console().print(summary_table(summary))
     return summary
+
+
+def _opened(config: Config) -> RunFolder:
+    """The run folder; of several processes the first makes it, and the others find it on a disk that all of them share."""
+    if jax.process_index() == 0:
+        folder = RunFolder.open(config)
+        wait_for_all("run folder")
+        return folder
+    wait_for_all("run folder")
+    return RunFolder.open(config, writes=False)
 
 
 def _train(config: Config, folder: RunFolder, console: Console, begin: float, quiet: bool) -> dict[str, Any]:
@@ -86,7 +96,7 @@ def _train(config: Config, folder: RunFolder, console: Console, begin: float, qu
 
 def _finish(config: Config, console: Console, quiet: bool) -> None:
     """A run inside another one, to its end."""
-    with RunFolder.open(config, writes=jax.process_index() == 0) as folder:
+    with _opened(config) as folder:
         if not folder.finished:
             _train(config, folder, console, time.perf_counter(), quiet)
 

@@ -1,0 +1,116 @@
+"""A run of several processes is the run of one: decisions, losses, parameters, checkpoints; and it does not outlive one of them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from qtjax.errors import QtjaxError
+from qtjax.parallel import join_processes
+from qtjax.records.samples import read_samples
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = [
+    "--config", "configs/smol.py", "--data.max-samples", "128", "--prune.batch-size", "32", "--train.epochs", "2", "--train.checkpoint-every", "2",
+    "--eval.max-samples", "16", "--eval.generate-samples", "8", "--train.compare-full-data", "0", "--run.tensorboard", "false",
+]  # fmt: skip
+
+
+def launch(folder: Path, *own: str, devices: int) -> subprocess.Popen:
+    """qtjax.train on so many CPU devices; what it says goes to a file beside the run folder."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+    with open(folder.with_suffix(f".{own[-1] if own else 0}.log"), "a") as said:
+        return subprocess.Popen(
+            [sys.executable, "-m", "qtjax.train", *FLAGS, "--run.folder", str(folder), "--run.compile-cache", str(folder.parent / "compiled"), *own],
+            cwd=ROOT, env=env, stdout=said, stderr=said,
+        )  # fmt: skip
+
+
+def launch_two(folder: Path) -> list[subprocess.Popen]:
+    """Two processes of four devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    return [launch(folder, "--coordinator", address, "--processes", "2", "--process", str(i), devices=4) for i in range(2)]
+
+
+def steps(folder: Path) -> list[dict]:
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def wait_for_step(folder: Path, step: int, processes: list[subprocess.Popen]) -> None:
+    """Returns once so many steps are logged; fails with what was said if the processes end before."""
+    while len(steps(folder)) < step:
+        said = "".join(log.read_text()[-2000:] for log in folder.parent.glob(f"{folder.name}.*.log"))
+        assert all(process.poll() is None for process in processes), said
+        time.sleep(0.1)
+
+
+def same(one: Path, other: Path) -> None:
+    """Decisions equal, perplexities and losses within 1e-5 of themselves (sums over devices in another order)."""
+    a, b = (read_samples(folder / "eu") for folder in (one, other))
+    for name in ("step", "row", "quadrant", "keep", "kept_tokens"):
+        assert a[name].to_pylist() == b[name].to_pylist(), name
+    np.testing.assert_allclose(b["perplexity"], a["perplexity"], rtol=1e-4)  # of exp(mean): 1e-5 in nats at about 10 nats
+    np.testing.assert_allclose([m["loss"] for m in steps(other)], [m["loss"] for m in steps(one)], rtol=1e-5)
+    p, q = (load_file(folder / "model" / "model.safetensors") for folder in (one, other))
+    for name in p:
+        np.testing.assert_allclose(q[name], p[name], atol=5e-4, err_msg=name)  # eight Adam steps of up to 2e-3 amplify rounding
+    x, y = (json.loads((folder / "summary.json").read_text())["evaluation"]["after"]["loss"] for folder in (one, other))
+    assert y == pytest.approx(x, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
+    """A run of one process; the same of two; the same of two, stopped by a signal that reaches the second alone and gone on
+    with as one process; the same of two, of which one is killed: the other stops within a minute and says which, and the
+    two go on from the last checkpoint. All end alike."""
+    one, two, stopped, killed = (tmp_path / name for name in ("one", "two", "stopped", "killed"))
+    whole = launch(one, devices=8)
+    assert whole.wait() == 0
+    both = launch_two(two)
+    assert [process.wait() for process in both] == [0, 0]
+    same(one, two)
+    assert not (tmp_path / "two.1.log").read_text().count("step ")  # one speaks for both
+
+    both = launch_two(stopped)
+    wait_for_step(stopped, 1, both)
+    both[1].send_signal(signal.SIGTERM)
+    assert [process.wait() for process in both] == [130, 130]
+    assert 0 < len(steps(stopped)) < len(steps(one))
+    assert launch(stopped, devices=8).wait() == 0
+    same(one, stopped)
+
+    both = launch_two(killed)
+    wait_for_step(killed, 3, both)
+    both[1].kill()
+    begin = time.monotonic()
+    assert both[0].wait(timeout=90) != 0 and time.monotonic() - begin < 60
+    assert "tasks are unhealthy" in (tmp_path / "killed.0.log").read_text()
+    assert [process.wait() for process in launch_two(killed)] == [0, 0]
+    same(one, killed)
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    (("", 2, -1), "need --coordinator"),
+    (("auto", 2, 0), "finds --processes and --process by itself"),
+    (("localhost", 2, 0), "must be HOST:PORT"),
+    (("localhost:x", 2, 0), "must be HOST:PORT"),
+    (("localhost:9000", 2, 2), "0 <= process < processes"),
+    (("localhost:9000", 0, 0), "0 <= process < processes"),
+    (("auto", 0, -1), "--coordinator auto: .*give HOST:PORT"),
+])  # fmt: skip
+def test_what_does_not_fit_is_one_line(given, message):
+    """Contradictions, an address without a port, a process that does not exist, no cluster to ask."""
+    with pytest.raises(QtjaxError, match=message):
+        join_processes(*given)
