@@ -463,7 +463,6 @@ def draw(table: Table, pairs: Sequence[str], columns: Sequence[Column], file: Pa
     """Held-out loss, and exact match where it is known, against seconds over full data's; marks grow with the columns, the
     dashed line joins what nothing beats in both."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
 
     from qtjax.report.style import save, tidy
 
@@ -473,16 +472,12 @@ def draw(table: Table, pairs: Sequence[str], columns: Sequence[Column], file: Pa
     for place, (name, scale, said) in enumerate(QUALITIES[: 2 if known else 1]):
         axes = figure.add_subplot(1, 2 if known else 1, place + 1)
         tidy(axes)
-        axes.set_xscale("log")
+        _log(axes.xaxis, axes.set_xscale)
         if name == "loss":
-            axes.set_yscale("log")
+            _log(axes.yaxis, axes.set_yscale)
         _scatter(axes, table, pairs, columns, looks, name, scale)
         axes.set_xlabel("seconds of scoring, packing and training over full data's (medians)")
         axes.set_ylabel(said)
-        for axis in [axes.xaxis] + [axes.yaxis] * (name == "loss"):
-            axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter("")
     figure.suptitle(f"Quality against seconds; marks grow with the columns: {'; '.join(map(str, columns))}", fontsize=11, x=0.01, ha="left")
     figure.legend(handles=_handles(pairs, looks), fontsize=8, ncols=6, frameon=False, loc="outside lower center")
     save(figure, file)
@@ -574,32 +569,47 @@ def draw_differences(table: Table, pairs: Sequence[str], columns: Sequence[Colum
 
 
 def draw_noise(table: Table, pairs: Sequence[str], columns: Sequence[Column], file: Path) -> None:
-    """Held-out loss against the share of wrong answers; a panel a budget."""
+    """Quality against the share of wrong answers; a row of panels a budget, a panel a quality."""
     from matplotlib.figure import Figure
 
     from qtjax.report.style import INK, save, tidy
 
     budgets = list(dict.fromkeys(column.budget for column in columns))
-    figure = Figure(figsize=(5 * len(budgets) + 3, 5), layout="constrained")
+    known = [quality for quality in QUALITIES if all(result[quality[0]] is not None for result in table.results.values())]
+    figure = Figure(figsize=(5.5 * len(known) + 2.5, 4.5 * len(budgets)), layout="constrained")
+    grid = figure.subplots(len(budgets), len(known), squeeze=False)
     looks = styles(pairs)
-    for panel, budget in enumerate(budgets):
-        axes = figure.add_subplot(1, len(budgets), panel + 1)
-        tidy(axes)
-        for pair in [*pairs, EQUAL_TIME, FULL]:
-            own = [c for c in columns if c.budget == budget and table.of(full(c) if pair == FULL else Cell(pair, c))]
-            if not own:
-                continue
-            means, widths = zip(*(interval([r["loss"] for r in table.of(full(c) if pair == FULL else Cell(pair, c))]) for c in own))
-            color, marker = looks.get(pair, (INK, "*" if pair == FULL else "_"))
-            axes.errorbar(
-                [float(c.noise) for c in own], means, yerr=None if np.isnan(widths).any() else widths, color=color, marker=marker,
-                linestyle="--" if pair in (FULL, EQUAL_TIME) else "-", capsize=2, label=named(pair),
-            )  # fmt: skip
-        axes.set_xlabel("rows with another row's answer (%)")
-        axes.set_ylabel("held-out loss (nats per token)")
-        axes.set_title(budget, loc="left", fontsize=11)
-        axes.legend(fontsize=8, frameon=False)
+    for budget, panels in zip(budgets, grid):
+        for axes, (name, scale, said) in zip(panels, known):
+            tidy(axes)
+            for pair in [*pairs, EQUAL_TIME, FULL]:
+                own = [c for c in columns if c.budget == budget and table.of(full(c) if pair == FULL else Cell(pair, c))]
+                if not own:
+                    continue
+                runs = [table.of(full(c) if pair == FULL else Cell(pair, c)) for c in own]
+                means, widths = zip(*(interval([scale * r[name] for r in results]) for results in runs))
+                color, marker = looks.get(pair, (INK, "*" if pair == FULL else "_"))
+                axes.errorbar(
+                    [float(c.noise) for c in own], means, yerr=None if np.isnan(widths).any() else widths, color=color, marker=marker,
+                    linestyle="--" if pair in (FULL, EQUAL_TIME) else "-", elinewidth=0.8, capsize=2, label=named(pair),
+                )  # fmt: skip
+            if name == "loss":
+                _log(axes.yaxis, axes.set_yscale)
+            axes.set_xlabel("rows with another row's answer (%)")
+            axes.set_ylabel(said)
+            axes.set_title(budget, loc="left", fontsize=11)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside right center")
     save(figure, file)
+
+
+def _log(axis: Any, set_scale: Callable[[str], None]) -> None:
+    """Logarithmic, with plain numbers at it."""
+    from matplotlib.ticker import LogLocator
+
+    set_scale("log")
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
