@@ -9,16 +9,18 @@ Writes into --out: init (a LLaMA of 2.4 million parameters with random weights a
 chain of thought, GSM8K, ARC-Easy, OpenBookQA and CommonsenseQA as prompt, completion, task), and a file of multiple-choice
 questions for each of the last three. Test rows come from the sources' own test files; of P3 and chain of thought, which have
 none, a tenth of the prompts is kept apart. Whatever repeats a tested prompt, or shares eight words in a row with a tested
-multiple-choice question (ECQA holds CommonsenseQA's), is left out of text and training rows. The same files and seed give
-the same bytes.
+multiple-choice question (ECQA holds CommonsenseQA's), is left out of text and training rows; a P3 or chain-of-thought test row
+that shares twenty words in a row with either (P3 asks one question in several forms) is left out of the test. The same files and
+seed give the same bytes.
 """
 
 import csv
 import gzip
+import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from qtjax.smol.tokenizer import save, train
 
 VOCABULARY = 4096
 RUN = 8  # words in a row that make a text repeat a question
+PASSAGE = 20  # words in a row that make two rows hold the same passage
 LONGEST = 800  # characters of a document or a row, about 220 tokens
 KEPT = ("prompt", "completion", "task")
 CHOICE = ("arc_easy", "openbookqa", "commonsenseqa")
@@ -68,7 +71,8 @@ def chain_of_thought(sft: Path) -> Iterator[Row]:
             for fields in csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE):
                 if len(fields) == 3:
                     question, answer, why = (field.replace("\\n", "\n").strip() for field in fields)
-                    yield {"prompt": question, "completion": f"{why} So the answer is {answer}.", "answer": answer, "task": "cot"}
+                    said = f"the answer is {answer}"  # what a generation must hold to be right
+                    yield {"prompt": question, "completion": f"{why} So {said}.", "answer": said, "task": "cot"}
 
 
 def gsm8k(file: Path) -> Iterator[Row]:
@@ -122,6 +126,22 @@ class Tested:
         )
 
 
+def without_passages(test_rows: Sequence[Row], shown: Iterable[str]) -> list[Row]:
+    """Without the P3 and chain-of-thought rows that have PASSAGE words in a row in common with what is shown."""
+
+    def runs(text: str) -> Iterator[tuple[str, ...]]:
+        found = words(text)
+        return (found[i : i + PASSAGE] for i in range(len(found) - PASSAGE + 1))
+
+    owners: dict[tuple[str, ...], set[int]] = {}
+    for i, row in enumerate(test_rows):
+        if row["task"] in ("p3", "cot"):
+            for run in runs(f"{row['prompt']}\n{row['completion']}"):
+                owners.setdefault(run, set()).add(i)
+    repeated = set().union(*(owners[run] for text in shown for run in runs(text) if run in owners))
+    return [row for i, row in enumerate(test_rows) if i not in repeated]
+
+
 def drawn(rng: np.random.Generator, rows: Sequence[Row], count: int) -> list[Row]:
     if len(rows) < count:
         raise QtjaxError(f"only {len(rows)} rows of {rows[0]['task'] if rows else 'a task'} fit {LONGEST} characters, {count} are asked for")
@@ -149,7 +169,8 @@ def prepare(shared: Path, out: Path, seed: int, rows: int, characters: int) -> d
     tested = Tested([row["prompt"] for row in test_rows], [row["question"] for task in CHOICE for row in sources[task][1]])
     free = {task: [row for row in learnt if not tested.shown_by(row["prompt"])] for task, (learnt, _) in sources.items()}
     train_rows = [row for task, learnt in free.items() for row in drawn(rng, learnt, round(shares[task] * rows))]
-    test_rows, train_rows = ([{name: row[name] for name in KEPT} for row in part] for part in (test_rows, train_rows))
+    test_rows = [{name: row[name] for name in (*KEPT, "answer") if name in KEPT or row["task"] == "cot"} for row in test_rows]
+    train_rows = [{name: row[name] for name in KEPT} for row in train_rows]
     for part in (train_rows, test_rows):
         rng.shuffle(part)
     taught = {row["prompt"] for row in train_rows}
@@ -158,7 +179,8 @@ def prepare(shared: Path, out: Path, seed: int, rows: int, characters: int) -> d
     rng.shuffle(text)
     total = np.cumsum([len(row["text"]) for row in text])
     text = text[: int(np.searchsorted(total, characters)) + 1]
-    files = {"text": text, "train": train_rows, "test": test_rows}
+    shown = itertools.chain((row["text"] for row in text), (f"{row['prompt']}\n{row['completion']}" for row in train_rows))
+    files = {"text": text, "train": train_rows, "test": without_passages(test_rows, shown)}
     files |= {task: [{n: row[n] for n in ("question", "choices", "answer")} for row in sources[task][1]] for task in CHOICE}
     out.mkdir(parents=True, exist_ok=True)
     for name, lines in files.items():
