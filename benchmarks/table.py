@@ -7,12 +7,14 @@
         --pairs q-tuning:q-tuning,random:random
 
 All runs follow one another in this process and share compiled programs; --out holds every finished run, so that a stopped
-table goes on. Beside the pairings stand full data after equal steps, and full data stopped at the wall clock of Q-Tuning
-at each budget, its learning-rate schedule fitted to those steps. Writes results.json, table.md, pareto.png and differences.png into --out.
+table goes on, and what is there stands in table.md after every seed. Beside the pairings stand full data after equal steps, and full data after as many steps
+as fit Q-Tuning's median seconds at each budget, its learning-rate schedule fitted to them. Writes results.json, table.md, pareto.png and differences.png into --out.
 Seconds are scoring, packing and training of a run together; compilation and evaluation are left out.
 """
 
+import dataclasses
 import json
+import os
 import re
 import shutil
 import statistics
@@ -30,17 +32,19 @@ from benchmarks.machine import machine
 from benchmarks.noise import write_noisy
 from qtjax import evals
 from qtjax.atomic import write_atomic, write_json
-from qtjax.config import SAMPLE_PRUNERS, TOKEN_PRUNERS, Config, load_config, override, validate
+from qtjax.config import SAMPLE_PRUNERS, TOKEN_PRUNERS, Config, PruneSection, load_config, override, validate
 from qtjax.data.prepare import held_out_rows, training_rows
 from qtjax.errors import QtjaxError, door, near_names
 from qtjax.evals.choice_rows import FORMS, read_question
 from qtjax.flags import typed
+from qtjax.pruning import sample_pruner, token_pruner
 from qtjax.report.totals import totals
 from qtjax.train import use_compile_cache
 from qtjax.training import story
+from qtjax.training.loop import Diverged
 from qtjax.training.pruners import pruners
 from qtjax.training.run import Session, open_session, train_steps
-from qtjax.training.run_folder import RunFolder
+from qtjax.training.run_folder import RunFolder, take_lock
 
 PAPER = "q-tuning:q-tuning," + ",".join(
     f"{sample}:{token}"
@@ -94,7 +98,11 @@ def settings_of(pair: str, config: Config) -> dict[str, Any]:
         if name not in known:
             raise QtjaxError(f"--pairs {pair!r}: {name!r} must be one of {', '.join(known)}{near_names(name, known)}")
     out = changes_of(changes, config, f"--pairs {pair!r}")
+    own = sample_pruner(names[0]).options | token_pruner(names[1]).options
+    every = frozenset().union(*(sample_pruner(name).options for name in SAMPLE_PRUNERS), *(token_pruner(name).options for name in TOKEN_PRUNERS))
     for name in out:
+        if name.removeprefix("prune.") in every - own:
+            raise QtjaxError(f"--pairs {pair!r}: neither of the two pruners has {name}, the row would be a copy; leave it out")
         if name.startswith("run.") or name in OWN:
             raise QtjaxError(f"--pairs {pair!r}: {name} is set by the table itself; leave it out")
     return {"prune.sample_pruner": names[0], "prune.token_pruner": names[1]} | out
@@ -134,6 +142,8 @@ def parse_shares(flag: str, text: str, parts: int, least: float) -> list[str]:
         if len(share.split("x")) != parts or not all(map(holds, share.split("x"))):
             rule = "SAMPLESxTOKENS in per cent, above 0 and at most 100, for example 25x50" if parts == 2 else "per cent from 0 to 100"
             raise QtjaxError(f"--{flag} {share!r}: must be {rule}")
+    if len({tuple(map(float, share.split("x"))) for share in shares}) < len(shares):
+        raise QtjaxError(f"--{flag} {text!r}: names one column twice")
     return shares
 
 
@@ -144,8 +154,8 @@ def configured(config: Config, cell: Cell, seed: int, folder: Path, *, data_path
         "train.checkpoint_every": 10**6, "run.compile_cache": str(folder.parent / "compile_cache"),
     }  # fmt: skip
     changes |= {"data.path": data_path, "data.part": "", "data.max_samples": 0} if data_path else {}  # what is written is all of it
-    if cell.pair in (FULL, EQUAL_TIME):
-        changes |= {"prune.sample_pruner": "none", "prune.token_pruner": "none"}
+    if cell.pair in (FULL, EQUAL_TIME):  # what only pruning has is refused without it
+        config = dataclasses.replace(config, prune=PruneSection("none", "none", batch_size=config.prune.batch_size))
         if steps:  # more than the config's, where pruning is slower than full data
             changes |= {"train.max_steps": steps, "train.epochs": config.train.epochs + steps}
     else:
@@ -238,18 +248,29 @@ class Table:
             settings.pop(name)
         settings |= {"choice": list(choice), "choice_form": form}
         self.results: dict[str, Any] = {}
+        self.machine = machine()
         if self.file.is_file():
             known = json.loads(self.file.read_text())
             differ = [n for n, v in settings.items() if known["settings"].get(n) != v]
             if differ:
                 raise QtjaxError(f"--out {out}: holds a table with another {differ[0]}; choose another folder, or remove it")
-            self.results = known["results"]
+            self.results, self.machine = known["results"], known["machine"]
         self.settings = settings
 
     def of(self, cell: Cell) -> list[dict[str, Any]]:
         """The results of a cell, over its seeds."""
         begin = cell.key(0).removesuffix("0")
-        return [result for key, result in self.results.items() if key.startswith(begin)]
+        return [result for key, result in self.results.items() if key.startswith(begin) and "failed" not in result]
+
+    def known(self) -> list[tuple[str, float, str]]:
+        """Of QUALITIES, those that every run has."""
+        done = [result for result in self.results.values() if "failed" not in result]
+        return [quality for quality in QUALITIES if all(result[quality[0]] is not None for result in done)]
+
+    def by_seed(self, cell: Cell) -> dict[str, dict[str, Any]]:
+        """{seed: result} of a cell."""
+        begin = cell.key(0).removesuffix("0")
+        return {key.removeprefix(begin): r for key, r in self.results.items() if key.startswith(begin) and "failed" not in r}
 
     def fill(self, cell: Cell, seed: int, steps: int = 0) -> None:
         """Runs a place of the table unless it is there."""
@@ -259,10 +280,16 @@ class Table:
         begin = time.monotonic()
         data_path = self._noisy(cell.column.noise, seed)
         config = configured(self.config, cell, seed, self.out / "run", data_path=data_path, steps=steps)
-        self.results[key] = run_one(config, self.choice, self.form)
-        write_json(self.file, {"settings": self.settings, "machine": machine(), "results": self.results})
-        loss = self.results[key]["loss"]
-        self.console.print(f"{key}: loss {loss:.4f}, {time.monotonic() - begin:.0f} s", highlight=False)
+        try:
+            self.results[key] = run_one(config, self.choice, self.form)
+            said = f"loss {self.results[key]['loss']:.4f}"
+        except Diverged as error:  # a result too: it is told, and the other runs go on
+            self.results[key] = {"failed": str(error)}
+            said = str(error)
+        self.results[key]["wall"] = round(time.monotonic() - begin, 1)
+        self.machine = machine()
+        write_json(self.file, {"settings": self.settings, "machine": self.machine, "results": self.results})
+        self.console.print(f"{key}: {said}, {self.results[key]['wall']:.0f} s", highlight=False)
 
     def _noisy(self, noise: str, seed: int) -> str:
         """The file of the data with so many per cent of wrong answers, drawn anew for every seed; "" without noise."""
@@ -311,7 +338,10 @@ def markdown(table: Table, pairs: Sequence[str], columns: Sequence[Column], comm
     seeds = "-".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     lines = [
         f"`{command}`", "",
-        f"{machine()}; mean and 95 % interval (Student's t) over {seeds} seeds; budgets are % of samples x % of target tokens.", "",
+        f"{table.machine}; mean and 95 % interval (Student's t) over {seeds} seeds; budgets are % of samples x % of target tokens."
+        f" Equal time is as many steps of full data as fit {named(Q_TUNING)}'s median seconds, reckoned before they ran. Intervals hold"
+        " what seeds change, not which rows were held out, and none is corrected for how many there are.", "",
+        *(f"* failed: {key}: {result['failed']}" for key, result in table.results.items() if "failed" in result), "",
     ]  # fmt: skip
 
     def seconds(results: Sequence[dict[str, Any]], column: Column) -> str:
@@ -325,11 +355,16 @@ def markdown(table: Table, pairs: Sequence[str], columns: Sequence[Column], comm
         "Held-out loss (nats per token)": of_field("loss", ".3f", 1),
         "Exact match (%)": of_field("exact_match", ".1f", 100),
         "Answers that end by themselves (%)": of_field("ended", ".1f", 100),
+        "Closing tokens of kept samples pruned (%)": lambda rs, _: shown(
+            [r["closing"]["pruned"] / r["closing"]["seen"] for r in rs if r["closing"]["seen"]], ".1f", 100
+        ),
         "Share of samples kept (%)": lambda rs, _: shown([r["samples"]["kept"] / r["samples"]["seen"] for r in rs], ".1f", 100),
         "Share of target tokens trained (%)": lambda rs, _: shown([r["tokens"]["kept"] / r["tokens"]["seen"] for r in rs], ".1f", 100),
-        "Seconds over full data's (medians; scoring, packing, training)": seconds,
+        "Tokens in the steps (1,000)": lambda rs, _: shown([r["tokens"]["trained"] for r in rs], ".1f", 1e-3),
+        "Seconds (scoring, packing, training)": lambda rs, _: shown(list(map(spent, rs)), ".1f"),
+        "Seconds over full data's (of the medians)": seconds,
     }
-    everything = list(table.results.values())
+    everything = [result for result in table.results.values() if "failed" not in result]
     tasks = sorted({task for result in everything for task in result["tasks"]})
     for task in tasks:
         parts[f"Accuracy on {task} (%)"] = lambda rs, _, task=task: shown([r["tasks"][task] for r in rs if task in r["tasks"]], ".1f", 100)
@@ -347,8 +382,9 @@ def markdown(table: Table, pairs: Sequence[str], columns: Sequence[Column], comm
 
 def paired(table: Table, cell: Cell, first: Cell, name: str) -> list[float]:
     """A quality less the first row's, seed by seed: what the seed does to both cancels."""
-    both = [(table.results.get(cell.key(s)), table.results.get(first.key(s))) for s in range(len(table.of(first)))]
-    return [a[name] - b[name] for a, b in both if a and b and a[name] is not None and b[name] is not None]
+    own, other = table.by_seed(cell), table.by_seed(first)
+    both = [(own[seed][name], other[seed][name]) for seed in own if seed in other]
+    return [a - b for a, b in both if a is not None and b is not None]
 
 
 def compared(pairs: Sequence[str], column: Column) -> list[tuple[Cell, str]]:
@@ -377,25 +413,25 @@ def difference_lines(table: Table, pairs: Sequence[str], columns: Sequence[Colum
 
 
 def chosen_lines(table: Table, pairs: Sequence[str], columns: Sequence[Column]) -> list[str]:
-    """Of pruners with corners: where the kept samples come from, closing tokens pruned, correlation of the two scores."""
+    """Of pruners with corners: where the chosen samples come from, correlation of the two scores."""
     lines = []
     for pair in pairs:
         for column in columns:
             runs = table.of(Cell(pair, column))
-            sums = {name: sum(r["samples"].get(name, 0) for r in runs) for name in ("kept", "q2", "q3", "q4", "supplement")}
+            sums = {name: sum(r["samples"].get(name, 0) for r in runs) for name in ("q2", "q3", "q4", "supplement")}
             if not sums["q2"] + sums["q3"] + sums["q4"] + sums["supplement"]:
                 continue
+            chosen = sums["q2"] + sums["q3"] + sums["q4"] + sums["supplement"]  # not what a warm-up trained on
             medians = [sum(r["samples"]["supplement_median"][q] for r in runs) for q in "1234"]
-            closing = [sum(r["closing"][name] for r in runs) for name in ("pruned", "seen")]
             rank = [[r["by_epoch"]["spearman"][at] for r in runs if r["by_epoch"]["spearman"][at] is not None] for at in (0, -1)]
-            cells = [f"{100 * sums[name] / sums['kept']:.1f}" for name in ("q2", "q4", "q3", "supplement")]
+            cells = [f"{100 * sums[name] / chosen:.1f}" for name in ("q2", "q4", "q3", "supplement")]
             cells += [" ".join(f"{100 * m / max(sums['supplement'], 1):.0f}" for m in medians)]
-            cells += [f"{100 * closing[0] / max(closing[1], 1):.1f}", *(f"{np.mean(values):.2f}" if values else "-" for values in rank)]
+            cells += [f"{np.mean(values):.2f}" if values else "-" for values in rank]
             lines.append(f"| {named(pair)} | {column} | {' | '.join(cells)} |")
     if not lines:
         return []
-    head = "| pruners | at | Q2 | Q4 | Q3 | supplement | of it in median Q1 Q2 Q3 Q4 | closing tokens pruned | Spearman, first epoch | last |"
-    return ["**Where the kept samples come from (% of them), and what the two scores have in common**", "", head, "|---|---|" + "---:|" * 8, *lines, ""]
+    head = "| pruners | at | Q2 | Q4 | Q3 | supplement | of it in median Q1 Q2 Q3 Q4 | Spearman, first epoch | last |"
+    return ["**Where the chosen samples come from (% of them), and what the two scores have in common**", "", head, "|---|---|" + "---:|" * 7, *lines, ""]
 
 
 def quadrant_lines(table: Table, pairs: Sequence[str], columns: Sequence[Column]) -> list[str]:
@@ -466,7 +502,7 @@ def draw(table: Table, pairs: Sequence[str], columns: Sequence[Column], file: Pa
 
     from qtjax.report.style import save, tidy
 
-    known = all(result["exact_match"] is not None for result in table.results.values())
+    known = all(result["exact_match"] is not None for result in table.results.values() if "failed" not in result)
     figure = Figure(figsize=(13 if known else 8, 6.5), layout="constrained")
     looks = styles(pairs)
     for place, (name, scale, said) in enumerate(QUALITIES[: 2 if known else 1]):
@@ -539,7 +575,7 @@ def draw_differences(table: Table, pairs: Sequence[str], columns: Sequence[Colum
 
     from qtjax.report.style import INK, save, tidy
 
-    known = [quality for quality in QUALITIES if all(result[quality[0]] is not None for result in table.results.values())]
+    known = table.known()
     rows = [row for _, row in compared(pairs, columns[0])]
     figure = Figure(figsize=(5 * len(known) + 4, 1.2 + (0.14 + 0.12 * len(columns)) * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(known), sharey=True, squeeze=False)[0]
@@ -575,7 +611,7 @@ def draw_noise(table: Table, pairs: Sequence[str], columns: Sequence[Column], fi
     from qtjax.report.style import INK, save, tidy
 
     budgets = list(dict.fromkeys(column.budget for column in columns))
-    known = [quality for quality in QUALITIES if all(result[quality[0]] is not None for result in table.results.values())]
+    known = table.known()
     figure = Figure(figsize=(5.5 * len(known) + 2.5, 4.5 * len(budgets)), layout="constrained")
     grid = figure.subplots(len(budgets), len(known), squeeze=False)
     looks = styles(pairs)
@@ -621,7 +657,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "out": ("", "folder of the table; a stopped one goes on"),
             "pairs": (PAPER, "SAMPLE:TOKEN pruners, comma-separated; +field=value after a pair sets what else it differs in"),
             "budgets": ("12.5x50,25x50,25x70,50x70", "per cent of samples x per cent of target tokens, comma-separated"),
-            "noise": ("", "per cent of the rows that get another row's answer, comma-separated; empty: the data as they are"),
+            "noise": ("", "per cent of the rows that get another row's answer (rows marked mislabelled leave first), comma-separated; empty: the data as they are"),
             "choice": ("", "files of multiple-choice questions, comma-separated, at most eval.max_samples of each"),
             "choice-form": ("auto", f"how they are asked: {', '.join(FORMS)}"),
             "seeds": (5, "seeds 0, 1, ... of each"),
@@ -649,23 +685,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise QtjaxError(f"--choice {own['choice']}: two files have the same name; a table's rows are named by them")
     table = Table(out, config, console, choice, own["choice-form"])
     use_compile_cache(override(config, {"run.compile_cache": str(out / "compile_cache")}))
-    for seed in range(own["seeds"]):  # all places once before any place twice: a table that is stopped is thin, not half
-        for column in columns:
-            table.fill(full(column), seed)
-            for pair in pairs:
-                table.fill(Cell(pair, column), seed)
-    if Q_TUNING in pairs:
-        for column in columns:
-            steps = table.equal_time_steps(column)
-            for seed in range(own["seeds"]):
-                table.fill(Cell(EQUAL_TIME, column), seed, steps)
-    text = markdown(table, pairs, columns, "python -m benchmarks.table " + " ".join(argv if argv is not None else sys.argv[1:]))
-    write_atomic(out / "table.md", text + "\n")
-    draw(table, pairs, columns, out / "pareto.png")
-    draw_differences(table, pairs, columns, out / "differences.png")
-    if noises:
-        draw_noise(table, pairs, columns, out / "noise.png")
-    print(text)
+    command = "python -m benchmarks.table " + " ".join(argv if argv is not None else sys.argv[1:])
+    lock = take_lock(out)
+    try:
+        for seed in range(own["seeds"]):  # all places once before any place twice: a table that is stopped is thin, not half
+            for column in columns:
+                table.fill(full(column), seed)
+                for pair in pairs:
+                    table.fill(Cell(pair, column), seed)
+            write(table, pairs, columns, command)
+        if Q_TUNING in pairs:
+            for column in columns:
+                steps = table.equal_time_steps(column)
+                for seed in range(own["seeds"]):
+                    table.fill(Cell(EQUAL_TIME, column), seed, steps)
+        print(write(table, pairs, columns, command))
+    finally:
+        os.close(lock)
+
+
+def write(table: Table, pairs: Sequence[str], columns: Sequence[Column], command: str) -> str:
+    """table.md and the pictures of what is there; returns the former."""
+    text = markdown(table, pairs, columns, command)
+    write_atomic(table.out / "table.md", text + "\n")
+    draw(table, pairs, columns, table.out / "pareto.png")
+    draw_differences(table, pairs, columns, table.out / "differences.png")
+    if columns[0].noise:
+        draw_noise(table, pairs, columns, table.out / "noise.png")
+    return text
 
 
 if __name__ == "__main__":

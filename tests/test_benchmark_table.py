@@ -1,6 +1,8 @@
 """The table of pruners: intervals by hand, budgets and pairs as given, a stopped table goes on."""
 
+import dataclasses
 import json
+import os
 
 import pytest
 from benchmarks import noise, table
@@ -9,6 +11,9 @@ from rich.console import Console
 from qtjax.config import Config, DataSection, override
 from qtjax.errors import QtjaxError
 from qtjax.smol.instruct import load_rows
+from qtjax.training.loop import Diverged
+from qtjax.training.pruners import pruners
+from qtjax.training.run_folder import take_lock
 
 
 def test_interval_by_hand():
@@ -23,6 +28,10 @@ def test_a_cell_s_config_holds_its_pair_budget_and_seed(tmp_path):
     made = table.configured(Config(), table.Cell("longest:fastv", table.Column("12.5x50")), 3, tmp_path / "run")
     assert (made.prune.sample_pruner, made.prune.token_pruner) == ("longest", "fastv")
     assert (made.prune.sample_keep, made.prune.token_keep, made.train.seed) == (0.125, 0.5, 3)
+    base = override(Config(), {"prune.warmup_fraction": 0.1, "prune.score_every": 2, "prune.batch_size": 16})
+    full = table.configured(base, table.full(table.Column("25x50")), 0, tmp_path / "run")
+    assert full.prune == dataclasses.replace(Config().prune, sample_pruner="none", token_pruner="none", batch_size=16)
+    pruners(full.prune)  # nothing in it that needs pruning
     full = table.configured(Config(), table.Cell(table.EQUAL_TIME, table.Column("25x50")), 0, tmp_path / "run", steps=7)
     assert (full.prune.sample_pruner, full.prune.token_pruner, full.train.max_steps) == ("none", "none", 7)
     row = "q-tuning:none+token_scope=q2+q4+mode=drop"
@@ -33,7 +42,8 @@ def test_a_cell_s_config_holds_its_pair_budget_and_seed(tmp_path):
 
 
 def result(loss, seconds, steps=10):
-    return {"loss": loss, "exact_match": None, "ended": None, "tasks": {}, "steps": steps, "tokens": {"kept": 1, "seen": 4},
+    return {"loss": loss, "exact_match": None, "ended": None, "tasks": {}, "steps": steps, "tokens": {"kept": 1, "seen": 4, "trained": 2000},
+            "closing": {"pruned": 1, "seen": 10}, "by_epoch": {"spearman": [None]},
             "seconds": {"scoring": seconds / 2, "training": seconds / 2}, "samples": {"kept": 1, "seen": 4}, "provenance": None}  # fmt: skip
 
 
@@ -71,9 +81,12 @@ def test_finished_runs_are_not_repeated_and_other_settings_refused(tmp_path, mon
         (["--noise", "0,101"], "--noise '101': must be"),
         (["--pairs", "random:random+polcy=paper"], "prune.polcy: no such field.*prune.policy"),
         (["--pairs", "random:random+neighbor_weight=x"], "neighbor_weight = 'x': must be a number"),
-        (["--pairs", "random:random+neighbor_weight=2"], "neighbor_weight = 2.0: is a fraction"),
+        (["--pairs", "q-tuning:q-tuning+neighbor_weight=2"], "neighbor_weight = 2.0: is a fraction"),
         (["--seeds", "0"], "--seeds = 0"),
         (["--pairs", "random:random+run.folder=x"], "run.folder is set by the table itself"),
+        (["--pairs", "random:random+policy=article"], "neither of the two pruners has prune.policy"),
+        (["--pairs", "q-tuning:random+neighbor_weight=0.1"], "neither of the two pruners has prune.neighbor_weight"),
+        (["--budgets", "25x50,25.0x50"], "names one column twice"),
         (["--pairs", "random:random+sample_keep=0.5"], "sample_keep is set by the table itself"),
         (["--pairs", "q-tuning:rho-1"], "reference_model = ''"),
         (["--pairs", ","], "--pairs: is empty"),
@@ -167,16 +180,17 @@ def test_a_table_of_small_runs_is_written_whole_and_goes_on(tmp_path):
 
 
 def test_where_samples_come_from_by_hand(tmp_path):
-    """Two runs summed: 30 of 100 kept from Q2, 20 from Q4, half supplement, of which 40 of 50 lie in Q1; 3 of 60 closings."""
+    """Two runs summed: of 100 chosen 30 from Q2, 20 from Q4, half supplement, of which 40 of 50 lie in Q1; what a warm-up trained
+    on beside them is kept and not chosen."""
     made, column = table.Table(tmp_path, Config(), Console(quiet=True)), table.Column("25x50")
     for seed, q2 in ((0, 10), (1, 20)):
-        samples = {"kept": 50, "seen": 200, "q2": q2, "q3": 0, "q4": 10, "supplement": 25, "supplement_median": {"1": 20, "2": 0, "3": 5, "4": 0}}
+        samples = {"kept": 80, "seen": 200, "q2": q2, "q3": 0, "q4": 10, "supplement": 25, "supplement_median": {"1": 20, "2": 0, "3": 5, "4": 0}}
         made.results[table.Cell(table.Q_TUNING, column).key(seed)] = result(1.0, 1.0) | {
             "samples": samples, "closing": {"seen": 30, "pruned": 1 + seed}, "by_epoch": {"spearman": [0.5, None, 0.7 + 0.2 * seed]},
             "quadrants": {"first": {"clean": [0, 1, 1, 2, 0]}, "last": {"clean": [0, 0, 0, 4, 0]}},
         }  # fmt: skip
     line = table.chosen_lines(made, [table.Q_TUNING], [column])[4]
-    assert line == "| q-tuning x q-tuning | 25x50 | 30.0 | 20.0 | 0.0 | 50.0 | 80 0 20 0 | 5.0 | 0.50 | 0.80 |"
+    assert line == "| q-tuning x q-tuning | 25x50 | 30.0 | 20.0 | 0.0 | 50.0 | 80 0 20 0 | 0.50 | 0.80 |"
     assert table.quadrant_lines(made, [table.Q_TUNING], [column])[4:6] == [
         "| 25x50 | first | clean | 25 | 25 | 50 | 0 |", "| 25x50 | last | clean | 0 | 0 | 100 | 0 |"
     ]  # fmt: skip
@@ -196,3 +210,33 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert lines[4:6] == ["| random x random | **+1.000 ± 0.000** |", "| random x none | -2.000 |"] and len(lines) == 7
     table.draw_differences(made, pairs, [column], tmp_path / "differences.png")
     assert (tmp_path / "differences.png").stat().st_size
+
+
+def test_a_run_that_diverges_is_told_and_the_others_go_on(tmp_path, monkeypatch):
+    """It stands in results.json and above the table, is in no mean, and is not tried again."""
+
+    def run_one(config, *choice):
+        if config.train.seed == 1:
+            raise Diverged("step 3: loss nan")
+        return result(1.0, 1.0)
+
+    monkeypatch.setattr(table, "run_one", run_one)
+    made, cell = table.Table(tmp_path, Config(), Console(quiet=True)), table.Cell("random:none", table.Column("25x50"))
+    for seed in range(3):
+        made.fill(cell, seed)
+        made.fill(table.full(cell.column), seed)
+    again = table.Table(tmp_path, Config(), Console(quiet=True))
+    assert len(again.of(cell)) == 2 and again.results[cell.key(1)]["failed"] == "step 3: loss nan"
+    text = table.markdown(again, ["random:none"], [cell.column], "command")
+    assert "* failed: random:none | 25x50 | seed 1: step 3: loss nan" in text and "| random x none | 1.000 ± 0.000 |" in text
+    assert "over 2 seeds" in text and "| random x none | 10.0 ± 0.0 |" in text and "| random x none | 2.0 ± 0.0 |" in text  # closing tokens; thousands
+    monkeypatch.setattr(table, "run_one", lambda config, *choice: pytest.fail("tried again"))
+    again.fill(cell, 1)
+
+
+def test_one_process_at_a_time(tmp_path):
+    """A second table over the same folder would remove the first one's run under it."""
+    lock = take_lock(tmp_path)
+    with pytest.raises(QtjaxError, match="in use by another process"):
+        table.main(["--config", "configs/smol.py", "--out", str(tmp_path), "--pairs", "random:none", "--seeds", "1"])
+    os.close(lock)

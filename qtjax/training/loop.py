@@ -341,8 +341,12 @@ def _finite_sums(step: int, sums: tuple[jax.Array, dict[str, jax.Array]] | None,
     return loss, measured
 
 
-def _diverged(step: int, what: str) -> QtjaxError:
-    return QtjaxError(
+class Diverged(QtjaxError):
+    """A loss, a gradient or a score is not finite."""
+
+
+def _diverged(step: int, what: str) -> Diverged:
+    return Diverged(
         f"step {step + 1}: {what}: training diverged, or the model overflows its dtype; the last checkpoint is whole. Try a"
         " lower train.learning_rate, train.clip_norm 1.0, more warm-up, or model.dtype float32"
     )

@@ -74,7 +74,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         if (path / "config.json").exists():
             _check_is_run(path)  # before a lock file is left in somebody else's folder
-        lock = _take_lock(path)
+        lock = take_lock(path)
         try:
             if (path / "config.json").exists() and _begun(path):
                 _check_config(path, config)
@@ -271,7 +271,7 @@ def _check_config(path: Path, config: Config) -> None:
         )
 
 
-def _take_lock(path: Path) -> int:
+def take_lock(path: Path) -> int:
     """An open, locked file descriptor; the system lets go of the lock when the process ends, however it ends."""
     file = path / ".lock"
     with disk_errors(file):
@@ -282,8 +282,7 @@ def _take_lock(path: Path) -> int:
         owner = os.pread(lock, 100, 0).decode(errors="replace").strip()
         os.close(lock)
         raise QtjaxError(
-            f"run.folder = {str(path)!r}: in use by another process{f' ({owner})' if owner else ''}; wait for it, or choose"
-            " another run.folder"
+            f"{path}: in use by another process{f' ({owner})' if owner else ''}; wait for it, or choose another folder"
         ) from None
     except OSError:
         pass  # some network file systems have no locks; one writer is then the user's own care
