@@ -4,7 +4,8 @@
     python -m benchmarks.batch_sizes --scores runs/scores/eu.parquet --keep 0.25
 
 Reads eu.parquet of qtjax.score, whose samples were all scored under the same weights, shuffles it into batches, chooses within
-each, and compares with the choice among all samples at once. Chance would share `keep`. Prints a Markdown table.
+each, and compares with the choice among all samples at once. A batch keeps a whole number of samples, so that sizes of which
+`keep` is no whole number keep fewer. Chance would share as much as is kept. Prints a Markdown table.
 """
 
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.table import shown
@@ -53,17 +55,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         sizes = []
     if not sizes or min(sizes) < 1 or own["seeds"] < 1:
         raise QtjaxError(f"--sizes {own['sizes']} --seeds {own['seeds']}: must be whole numbers of 1 or more")
-    table = pq.read_table(file, columns=["perplexity", "entropy"])
+    try:
+        table = pq.read_table(file, columns=["perplexity", "entropy"])
+    except pa.ArrowException as error:
+        raise QtjaxError(f"--scores {file}: is not a table of scores ({str(error).splitlines()[0]}); write it with python -m qtjax.score") from None
     perplexity, entropy = (table[name].to_numpy() for name in ("perplexity", "entropy"))
     whole = np.asarray(select_samples(perplexity, entropy, own["keep"]).keep)
     text = " ".join(argv if argv is not None else sys.argv[1:])
     print(f"`python -m benchmarks.batch_sizes {text}`: {len(whole):,} samples\n")
-    print("| samples per scoring batch | of the choice among all, kept too (%) |\n|---:|---:|")
+    print("| samples per scoring batch | kept (%) | of the choice among all, kept too (%) |\n|---:|---:|---:|")
     for size in sizes:
-        shared = [
-            (kept_in_batches(perplexity, entropy, own["keep"], size, seed) & whole).sum() / whole.sum() for seed in range(own["seeds"])
-        ]
-        print(f"| {size} | {shown(shared, '.1f', 100)} |")
+        kept = [kept_in_batches(perplexity, entropy, own["keep"], size, seed) for seed in range(own["seeds"])]
+        shared = [(each & whole).sum() / whole.sum() for each in kept]
+        print(f"| {size} | {100 * np.mean(kept):.1f} | {shown(shared, '.1f', 100)} |")
 
 
 if __name__ == "__main__":

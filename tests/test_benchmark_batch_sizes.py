@@ -34,8 +34,14 @@ def test_the_table_and_its_errors(tmp_path, capsys):
     pq.write_table(pa.table({"perplexity": PERPLEXITY, "entropy": ENTROPY}), file)
     batch_sizes.main(["--scores", str(file), "--sizes", "200,50", "--seeds", "2"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2] == "| 200 | 100.0 ± 0.0 |" and 25 < float(lines[-1].split("|")[2].split()[0]) < 100
+    assert lines[-2] == "| 200 | 25.0 | 100.0 ± 0.0 |" and 24 < float(lines[-1].split("|")[3].split()[0]) < 100
+    assert lines[-1].startswith("| 50 | 24.0 |")  # 12 of each 50
     with pytest.raises(QtjaxError, match="--scores .*no such file"):
         batch_sizes.main([])
+    pq.write_table(pa.table({"perplexity": PERPLEXITY}), tmp_path / "half.parquet")
+    (tmp_path / "text.parquet").write_text("no table")
+    for name in ("half", "text"):
+        with pytest.raises(QtjaxError, match=f"{name}.parquet: is not a table of scores"):
+            batch_sizes.main(["--scores", str(tmp_path / f"{name}.parquet")])
     with pytest.raises(QtjaxError, match="--sizes 0"):
         batch_sizes.main(["--scores", str(file), "--sizes", "0"])

@@ -134,8 +134,19 @@ def _json_number(value: Any) -> Any:
 
 
 def _jsonl(file: Any, rows: Iterator[dict[str, Any]]) -> None:
+    """What JSON has no word for (a date, bytes) goes in as its text, NaN as null."""
     for row in rows:
-        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        try:
+            text = json.dumps(row, ensure_ascii=False, default=str, allow_nan=False)
+        except ValueError:
+            text = json.dumps(_without_nan(row), ensure_ascii=False, default=str)
+        file.write(text.encode() + b"\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(each) for name, each in value.items()}
+    return [_without_nan(each) for each in value] if isinstance(value, list | tuple) else _json_number(value)
 
 
 def _parquet(file: Any, rows: Iterator[dict[str, Any]]) -> None:

@@ -1,9 +1,11 @@
 """prune: the decisions of training's first epoch, written beside the rows; a stopped curation goes on."""
 
+import datetime
 import io
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -65,6 +67,18 @@ def test_parquet_holds_the_same(experiment, tmp_path):
     run(experiment, tmp_path / "a")
     run(experiment, tmp_path / "b", "--format", "parquet")
     assert pq.read_table(tmp_path / "b" / "kept.parquet").to_pylist() == rows_of(tmp_path / "a" / "kept.jsonl")
+
+
+def test_fields_that_json_has_no_word_for_are_written_as_text(experiment, tiny_data, tmp_path):
+    """A Parquet source with dates, bytes and NaN: each kept row is strict JSON, nothing is lost after the scoring."""
+    rows = rows_of(type(tmp_path)(tiny_data))
+    for i, row in enumerate(rows):
+        row |= {"made": datetime.date(2026, 1, 1 + i), "raw": bytes([i]), "grade": float("nan")}
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    run(experiment, tmp_path / "out", "--data.path", str(tmp_path / "rows.parquet"))
+    text = (tmp_path / "out" / "kept.jsonl").read_text()
+    kept = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in text.splitlines()]
+    assert kept and all(row["made"] == str(rows[row["qtjax"]["row"]]["made"]) and row["grade"] is None for row in kept)
 
 
 def test_a_stopped_curation_goes_on(experiment, tmp_path, monkeypatch):
