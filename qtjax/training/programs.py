@@ -46,6 +46,85 @@ def _score(subject: Subject, mesh: Mesh, rater: str, trainable: Tree, frozen: Tr
     return score_rows(*given, mesh, rows["task_ids"])
 
 
+def _draws(subject: Subject) -> bool:
+    return subject.overlay is not None and subject.overlay.draws
+
+
+def program_jobs(
+    subject: Subject,
+    mesh: Mesh,
+    prune: PruneSection,
+    loss: str,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    frozen: Tree,
+    *,
+    shapes: tuple[int, ...],
+    row_length: int,
+    samples: int,
+    max_length: int,
+) -> dict[str, Callable[[], Any]]:
+    """{name: a call that compiles it, under `jax.set_mesh(mesh)`} of what `Programs` holds, "accumulate 8" by microbatch rows.
+
+    Args: state, frozen: arrays, or jax.ShapeDtypeStruct with shardings, for devices that need not be here.
+    """
+    everywhere, by_row = replicated(mesh), batch_sharding(mesh)
+    abstract = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding))
+    trainable, frozen = abstract(state.trainable), abstract(frozen)
+    state = TrainState(trainable, abstract(state.optimizer), abstract(state.method))
+    after = state_shardings(subject, mesh, trainable, optimizer)
+    shardings = after.trainable
+    gradients = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), trainable)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere) if _draws(subject) else None
+    jobs: dict[str, Callable[[], Any]] = {}
+    needs = pruners(prune)
+    scoring = subject
+    if prune.score_dtype:
+        scoring = replace(subject, config=replace(subject.config, dtype=prune.score_dtype))
+
+    def job(name: str, function: Callable, *arguments: Shapes, **options: Any) -> None:
+        jobs[name] = lambda: jax.jit(function, **options).lower(*arguments).compile()
+
+    for rows in shapes:
+        packed = rows_shape(mesh, rows, row_length)
+        if needs.passes:
+            scored = partial(_score, scoring, mesh, needs.token.rater)
+            job(f"score {rows}", scored, trainable, frozen, packed, out_shardings=by_row)
+        job(
+            f"accumulate {rows}", partial(_accumulate, subject, mesh, loss), trainable, frozen, gradients, scalar, packed, key,
+            donate_argnums=(2, 3), out_shardings=(shardings, everywhere, by_row),
+        )  # fmt: skip
+    real = jax.ShapeDtypeStruct((samples, max_length), jnp.float32, sharding=by_row)
+    signals = (real,) * len(needs.signals)
+    if needs.passes:
+        job("unscored", lambda: tuple(jnp.zeros(x.shape, x.dtype) for x in signals), out_shardings=by_row)
+        for rows in shapes:
+            slots = rows_shape(mesh, rows, row_length)
+            job(
+                f"place {rows}", place, signals, (slots["weights"],) * len(signals), slots["position_ids"], slots["position_ids"],
+                donate_argnums=(0,), out_shardings=by_row,
+            )  # fmt: skip
+    if needs.decides:
+        batch = batch_shape(mesh, samples, max_length, needs)
+        step_key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere)
+        if needs.early and needs.passes:
+            job("choose", partial(choose_early, prune), batch, step_key, out_shardings=everywhere)
+        out = Decision(*[everywhere] * len(Decision._fields))._replace(tokens=by_row)
+        job("decide", partial(decide, prune), dict(zip(needs.signals, signals)), batch, step_key, out_shardings=out)
+
+    def zeros() -> tuple[Tree, jax.Array]:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable), jnp.float32(0)
+
+    job("zeros", zeros, out_shardings=(shardings, everywhere))
+    job(
+        "update", partial(update, subject, optimizer), state, gradients, scalar,
+        donate_argnums=(0,), out_shardings=(after, everywhere),
+    )  # fmt: skip
+    job("skip", partial(skip, subject), state, donate_argnums=(0,), out_shardings=after)
+    return jobs
+
+
 class Programs:
     """The compiled functions of the loop, by microbatch rows where that varies.
 
@@ -56,77 +135,9 @@ class Programs:
     update(state, gradients, targets) -> (state, metrics);  skip(state) -> state, where there is no target
     """
 
-    def __init__(
-        self,
-        subject: Subject,
-        mesh: Mesh,
-        prune: PruneSection,
-        loss: str,
-        optimizer: optax.GradientTransformation,
-        state: TrainState,
-        frozen: Tree,
-        *,
-        shapes: tuple[int, ...],
-        row_length: int,
-        samples: int,
-        max_length: int,
-        on_done: Callable[[str], None] = lambda name: None,
-    ):
-        everywhere, by_row = replicated(mesh), batch_sharding(mesh)
-        abstract = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding))
-        trainable, frozen = abstract(state.trainable), abstract(frozen)
-        state = TrainState(trainable, abstract(state.optimizer), abstract(state.method))
-        after = state_shardings(subject, mesh, trainable, optimizer)
-        shardings = after.trainable
-        gradients = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), trainable)
-        scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
-        uses_rng = subject.overlay is not None and subject.overlay.draws
-        key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere) if uses_rng else None
-        jobs: dict[str, Callable[[], Any]] = {}
-        needs = pruners(prune)
-        scoring = subject
-        if prune.score_dtype:
-            scoring = replace(subject, config=replace(subject.config, dtype=prune.score_dtype))
-
-        def job(name: str, function: Callable, *arguments: Shapes, **options: Any) -> None:
-            jobs[name] = lambda: jax.jit(function, **options).lower(*arguments).compile()
-
-        for rows in shapes:
-            packed = rows_shape(mesh, rows, row_length)
-            if needs.passes:
-                scored = partial(_score, scoring, mesh, needs.token.rater)
-                job(f"score {rows}", scored, trainable, frozen, packed, out_shardings=by_row)
-            job(
-                f"accumulate {rows}", partial(_accumulate, subject, mesh, loss), trainable, frozen, gradients, scalar, packed, key,
-                donate_argnums=(2, 3), out_shardings=(shardings, everywhere, by_row),
-            )  # fmt: skip
-        real = jax.ShapeDtypeStruct((samples, max_length), jnp.float32, sharding=by_row)
-        signals = (real,) * len(needs.signals)
-        if needs.passes:
-            job("unscored", lambda: tuple(jnp.zeros(x.shape, x.dtype) for x in signals), out_shardings=by_row)
-            for rows in shapes:
-                slots = rows_shape(mesh, rows, row_length)
-                job(
-                    f"place {rows}", place, signals, (slots["weights"],) * len(signals), slots["position_ids"], slots["position_ids"],
-                    donate_argnums=(0,), out_shardings=by_row,
-                )  # fmt: skip
-        if needs.decides:
-            batch = batch_shape(mesh, samples, max_length, needs)
-            step_key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere)
-            if needs.early and needs.passes:
-                job("choose", partial(choose_early, prune), batch, step_key, out_shardings=everywhere)
-            out = Decision(*[everywhere] * len(Decision._fields))._replace(tokens=by_row)
-            job("decide", partial(decide, prune), dict(zip(needs.signals, signals)), batch, step_key, out_shardings=out)
-
-        def zeros() -> tuple[Tree, jax.Array]:
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable), jnp.float32(0)
-
-        job("zeros", zeros, out_shardings=(shardings, everywhere))
-        job(
-            "update", partial(update, subject, optimizer), state, gradients, scalar,
-            donate_argnums=(0,), out_shardings=(after, everywhere),
-        )  # fmt: skip
-        job("skip", partial(skip, subject), state, donate_argnums=(0,), out_shardings=after)
+    def __init__(self, subject: Subject, mesh: Mesh, *arguments: Any, shapes: tuple[int, ...], on_done: Callable[[str], None] = lambda name: None, **sizes: int):
+        """Compiles all of `program_jobs`, whose arguments these are; on_done hears the name of each that is ready."""
+        jobs = program_jobs(subject, mesh, *arguments, shapes=shapes, **sizes)
 
         def compile_one(name: str) -> Any:
             with jax.set_mesh(mesh):
@@ -137,7 +148,7 @@ class Programs:
         with ThreadPoolExecutor(2) as pool:  # XLA compiles outside Python's lock
             compiled = dict(zip(jobs, pool.map(compile_one, jobs)))
         self.count = len(compiled)
-        self.uses_rng = uses_rng
+        self.uses_rng = _draws(subject)
         self.score = {rows: compiled[f"score {rows}"] for rows in shapes if f"score {rows}" in compiled}
         self.accumulate = {rows: compiled[f"accumulate {rows}"] for rows in shapes}
         self.place = {rows: compiled[f"place {rows}"] for rows in shapes if f"place {rows}" in compiled}

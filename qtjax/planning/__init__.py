@@ -1,0 +1,8 @@
+"""What a run would need on devices that are not here: compiled ahead of time, weighed against the chip."""
+
+from qtjax.planning.chips import CHIPS, Chip, open_topology
+from qtjax.planning.collectives import Collective, collectives
+from qtjax.planning.need import Need, abstract_run, needs_of
+from qtjax.planning.work import forward_flops, step_work
+
+__all__ = ["CHIPS", "Chip", "Collective", "Need", "abstract_run", "collectives", "forward_flops", "needs_of", "open_topology", "step_work"]
