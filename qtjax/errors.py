@@ -9,6 +9,10 @@ class QtjaxError(ValueError):
     """Bad input. The message is one line; doors print it without a traceback and exit with status 2."""
 
 
+class Diverged(QtjaxError):
+    """A loss, a gradient or a score is not finite."""
+
+
 def near_names(name: str, known: Iterable[str], count: int = 3) -> str:
     """`"; did you mean 'a' or 'b'?"`, or an empty string when nothing is close."""
     close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)

@@ -9,9 +9,8 @@ from benchmarks import noise, table
 from rich.console import Console
 
 from qtjax.config import Config, DataSection, override
-from qtjax.errors import QtjaxError
+from qtjax.errors import Diverged, QtjaxError
 from qtjax.smol.instruct import load_rows
-from qtjax.training.loop import Diverged
 from qtjax.training.pruners import pruners
 from qtjax.training.run_folder import take_lock
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from qtjax.config import Config
 from qtjax.data.dataset import TokenizedDataset
 from qtjax.data.iterate import BatchPlan
-from qtjax.errors import QtjaxError
+from qtjax.errors import Diverged
 from qtjax.parallel import agree_sums, all_rows, local_rows, replicated, rows_on_device
 from qtjax.training.batch import Microbatch, Prepared, ScoringBatch, microbatches, read_batch, survivors, whole_samples
 from qtjax.training.clock import CLOCKS, Clock
@@ -339,10 +339,6 @@ def _finite_sums(step: int, sums: tuple[jax.Array, dict[str, jax.Array]] | None,
     if not np.isfinite([loss, *measured.values()]).all():
         raise _diverged(step, f"loss {loss}, gradient norm {measured['grad_norm']}")
     return loss, measured
-
-
-class Diverged(QtjaxError):
-    """A loss, a gradient or a score is not finite."""
 
 
 def _diverged(step: int, what: str) -> Diverged:
