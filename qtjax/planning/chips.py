@@ -41,7 +41,7 @@ def open_topology(name: str) -> tuple[list[Any], Chip]:
         near = near_names(name, NAMES) or f"; {name.split(':')[0]} has {', '.join(_SHAPES.get(name.split(':')[0], CHIPS))}"
         raise QtjaxError(f"--topology {name!r}: must be CHIP:SHAPE, for example v5e:4x4 or v5p:4x4x4{near}")
     if importlib.util.find_spec("libtpu") is None:
-        raise QtjaxError("--topology: compiling for a TPU needs its compiler; pip install 'qtjax[plan]'")
+        raise QtjaxError("--topology: compiling for a TPU needs its compiler; pip install libtpu")
     quiet = {
         "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_STDERR_LOG_LEVEL": "3",
         "TF_CPP_MIN_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
