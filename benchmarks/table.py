@@ -258,18 +258,21 @@ class Table:
 
     def of(self, cell: Cell) -> list[dict[str, Any]]:
         """The results of a cell, over its seeds."""
-        begin = cell.key(0).removesuffix("0")
-        return [result for key, result in self.results.items() if key.startswith(begin) and "failed" not in result]
+        return list(self.by_seed(cell).values())
+
+    @property
+    def done(self) -> dict[str, dict[str, Any]]:
+        """The runs that did not fail."""
+        return {key: result for key, result in self.results.items() if "failed" not in result}
 
     def known(self) -> list[tuple[str, float, str]]:
         """Of QUALITIES, those that every run has."""
-        done = [result for result in self.results.values() if "failed" not in result]
-        return [quality for quality in QUALITIES if all(result[quality[0]] is not None for result in done)]
+        return [quality for quality in QUALITIES if all(result[quality[0]] is not None for result in self.done.values())]
 
     def by_seed(self, cell: Cell) -> dict[str, dict[str, Any]]:
         """{seed: result} of a cell."""
         begin = cell.key(0).removesuffix("0")
-        return {key.removeprefix(begin): r for key, r in self.results.items() if key.startswith(begin) and "failed" not in r}
+        return {key.removeprefix(begin): result for key, result in self.done.items() if key.startswith(begin)}
 
     def fill(self, cell: Cell, seed: int, steps: int = 0) -> None:
         """Runs a place of the table unless it is there."""
@@ -363,7 +366,7 @@ def markdown(table: Table, pairs: Sequence[str], columns: Sequence[Column], comm
         "Seconds (scoring, packing, training)": lambda rs, _: shown(list(map(spent, rs)), ".1f"),
         "Seconds over full data's (of the medians)": seconds,
     }
-    everything = [result for result in table.results.values() if "failed" not in result]
+    everything = list(table.done.values())
     tasks = sorted({task for result in everything for task in result["tasks"]})
     for task in tasks:
         parts[f"Accuracy on {task} (%)"] = lambda rs, _, task=task: shown([r["tasks"][task] for r in rs if task in r["tasks"]], ".1f", 100)
@@ -501,11 +504,11 @@ def draw(table: Table, pairs: Sequence[str], columns: Sequence[Column], file: Pa
 
     from qtjax.report.style import save, tidy
 
-    known = all(result["exact_match"] is not None for result in table.results.values() if "failed" not in result)
-    figure = Figure(figsize=(13 if known else 8, 6.5), layout="constrained")
+    known = table.known()
+    figure = Figure(figsize=(13 if len(known) > 1 else 8, 6.5), layout="constrained")
     looks = styles(pairs)
-    for place, (name, scale, said) in enumerate(QUALITIES[: 2 if known else 1]):
-        axes = figure.add_subplot(1, 2 if known else 1, place + 1)
+    for place, (name, scale, said) in enumerate(known):
+        axes = figure.add_subplot(1, len(known), place + 1)
         tidy(axes)
         _log(axes.xaxis, axes.set_xscale)
         if name == "loss":

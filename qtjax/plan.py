@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qtjax.config import Config, load_config, validate
+from qtjax.config import Config, load_config
 from qtjax.errors import QtjaxError, door
 
 # Of a chip's published matrix rate, what well-tuned dense transformers reach on it; an assumption of the estimate.
@@ -33,13 +33,12 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
 
     jax.config.update("jax_platforms", "cpu")  # nothing runs here, and libtpu must not look for a TPU
     from qtjax.parallel import batch_size, make_mesh, round_up
-    from qtjax.planning import abstract_run, needs_of, open_topology, step_work
-    from qtjax.planning.need import leaves_by_path, on_device
+    from qtjax.planning import abstract_run, leaves_by_path, needs_of, on_device, open_topology, step_work
     from qtjax.training.ladder import ladder
     from qtjax.training.programs import program_jobs
     from qtjax.training.pruners import pruners
 
-    console, config = console or Console(), validate(config)
+    console = console or Console()
     devices, chip = open_topology(own["topology"])
     mesh = make_mesh(config.mesh, devices)
     run = abstract_run(config, mesh)
@@ -65,7 +64,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
         console.print(
             f"does not fit: {worst - chip.memory:.1f} GiB are lacking on each device of {chip.memory:g} GiB", style="bold", highlight=False
         )
-        for line in suggestions(config, mesh, needs):
+        for line in suggestions(config, mesh):
             console.print(f"  try {line}", highlight=False)
     else:
         console.print(f"fits: {chip.memory - worst:.1f} of {chip.memory} GiB stay free on each device", style="bold", highlight=False)
@@ -130,7 +129,7 @@ def _mfu(flops: float, compute: float, moved: float, chip: Any, devices: int) ->
     return f"{ideal / (compute + moved):.0%}-{ideal / max(compute, moved):.0%}"
 
 
-def suggestions(config: Config, mesh: Any, needs: dict[str, Any]) -> list[str]:
+def suggestions(config: Config, mesh: Any) -> list[str]:
     """What to change, the cheapest first."""
     out = []
     if config.model.remat != "full":

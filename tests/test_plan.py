@@ -13,7 +13,7 @@ from qtjax.config import override, read_config
 from qtjax.errors import QtjaxError
 from qtjax.models import ModelConfig
 from qtjax.parallel import make_mesh
-from qtjax.planning.need import on_device
+from qtjax.planning import on_device
 from qtjax.training.programs import program_jobs
 
 HLO = """HloModule m

@@ -76,7 +76,7 @@ def on_device(tree: Tree) -> int:
 
 
 def _itemsize(dtype: Any) -> float:
-    return 0.5 if "4" in str(dtype) and "int4" in str(dtype) else np.dtype(dtype).itemsize
+    return 0.5 if "int4" in str(dtype) else np.dtype(dtype).itemsize
 
 
 # "Used 121.50G of 15.75G hbm": all of it; "required for HLO temporaries (16.88G) exceeds": without what the program is given.
