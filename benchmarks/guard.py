@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jaxlib
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -42,7 +43,8 @@ FILE = Path(__file__).with_name("guard.json")
 TOLERANCE = 0.02
 WORSE = 1.5  # of an unknown version
 LESS_IS_WORSE = ("donated",)
-NUMBERS = ("flops", "arguments", "outputs", "donated", "temporaries", "moved", "programs", "compilations")
+BYTES = ("arguments", "outputs", "donated", "temporaries", "moved")
+NUMBERS = ("flops", *BYTES, "programs", "compilations")
 
 
 class Deviation(NamedTuple):
@@ -152,22 +154,26 @@ def _part(values: Measured, only: str) -> Measured:
     return {name: numbers for name, numbers in values.items() if name.startswith(only)}
 
 
-def table(committed: Measured, now: Measured, title: str) -> Table:
-    """What is measured now, and "committed > now" where they differ."""
-    drawn = Table(title=title, title_justify="left", pad_edge=False)
-    drawn.add_column("program", overflow="fold")
-    units = {"flops": ("MFLOP", 1e6)} | {name: (f"{name}, kB", 1e3) for name in NUMBERS[1:6]} | {name: (name, 1) for name in NUMBERS[6:]}
-    for name in NUMBERS:
-        drawn.add_column(units[name][0], justify="right")
-    for program, numbers in now.items():
-        cells = []
-        for name in NUMBERS:
-            unit = units[name][1]
-            ours, theirs = (values.get(name) for values in (numbers, committed.get(program, {})))
-            cell = "" if ours is None else f"{ours / unit:,.0f}"
-            cells.append(cell if ours is None or theirs in (None, ours) else f"{theirs / unit:,.0f} > {cell}")
-        drawn.add_row(program, *cells)
-    return drawn
+def tables(committed: Measured, now: Measured, title: str) -> list[Table]:
+    """What is measured now, and in brackets what was committed where that is another number: of programs, and of what is only counted."""
+    units = {"flops": ("MFLOP", 1e6)} | {name: (f"{name}, kB", 1e3) for name in NUMBERS if name in BYTES}
+    counted = [name for name in NUMBERS if name not in units]
+    out = []
+    for names in ([*units], counted):
+        drawn = Table("program" if not out else "counted", title="" if out else title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in names:
+            drawn.add_column(units.get(name, (name,))[0], justify="right")
+        for program in [program for program in now if now[program].keys() & set(names)]:
+            cells = []
+            for name in names:
+                unit = units.get(name, ("", 1))[1]
+                ours, theirs = (values.get(name) for values in (now[program], committed.get(program, {})))
+                both = [] if ours is None else [f"{ours / unit:,.0f}"] + ([f"({theirs / unit:,.0f})"] if theirs not in (None, ours) else [])
+                cells.append("\n".join(both))
+            drawn.add_row(program, *cells)
+        if drawn.row_count:
+            out.append(drawn)
+    return out
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -189,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if own["update"]:
         write_atomic(file, _text(updated(known, version, now, only)))
         gone = [name for name in known if name not in read(file)]
-        console.print(table(_part(known.get(version, {}), only), now, f"{file.name}: written for jaxlib {version}"))
+        console.print(*tables(_part(known.get(version, {}), only), now, f"{file.name}: written for jaxlib {version}"))
         if gone:
             console.print(f"values of {', '.join(gone)} were of older code and are gone; update with that jaxlib too, if they are wanted")
         return
@@ -198,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     committed = _part(known[other], only)
     found = deviations(committed, now, exact=exact)
     rule = f"within {TOLERANCE:.0%}" if exact else f"jaxlib {version} is not committed: only {WORSE} times worse fails"
-    console.print(table(committed, now, f"Compiled programs, jaxlib {version}, against {other}: {rule}"))
+    console.print(*tables(committed, now, f"Compiled programs, jaxlib {version}, against {other}: {rule}"))
     for each in found:
         print(each.line())
     if found:

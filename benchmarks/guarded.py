@@ -119,7 +119,7 @@ def run_loop(case: LoopCase) -> Measured:
         mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2} if case.devices == 8 else {}
         settings = METHODS[case.method] | mesh | {
             "model.path": str(model), "model.random_init": True, "data.max_samples": 64, "data.max_length": 128, "data.eval_fraction": 0.0,
-            "prune.batch_size": 16, "prune.sample_keep": 0.5, "prune.mode": case.mode, "train.max_steps": 4, "train.rows": 4,
+            "prune.batch_size": 16, "prune.sample_keep": 0.5, "prune.mode": case.mode, "train.max_steps": 4, "train.rows": 4, "train.shapes": 2,
             "run.folder": str(Path(folder) / "run"), "run.tensorboard": False,
         }  # fmt: skip
         config = validate(override(Config(), settings))
