@@ -10,7 +10,7 @@ nothing. mask and drop do not differ in what is compiled (dropping is the host's
 
 None of these numbers depends on what else the machine does. They did not change either with the number of cores, the vector
 instructions (AVX2, AVX-512) or LLVM's optimisation level, which is therefore 0 here, to be quick. They depend on XLA's
-own passes: values are kept by jaxlib version and architecture. Of a known version they must agree within 2 %, not exactly, so that an
+own passes, and a little on flax and optax: values are kept by jaxlib version and architecture. Of a known version they must agree within 2 %, not exactly, so that an
 edit which moves a few bytes, such as a scalar more, is no alarm; what improves by more must be committed (--update), or the next
 step back would pass. Of an unknown version they stand beside the nearest known one's, and only 1.5 times worse fails.
 
@@ -55,19 +55,17 @@ class Deviation(NamedTuple):
     committed: int | None
     now: int | None
 
-    @property
-    def ratio(self) -> float:
-        return self.now / self.committed if self.committed else float("inf")
-
     def line(self) -> str:
+        """What a reader is told."""
         where = f"{self.program}: {self.number}"
         if self.now is None:
             return f"{where}: committed as {self.committed:,}, no longer there; if that is meant, run --update"
         if self.committed is None:
             return f"{where}: {self.now:,}, not committed; run --update"
-        better = (self.ratio < 1) != (self.number in LESS_IS_WORSE)
+        better = (self.now < self.committed) != (self.number in LESS_IS_WORSE)
+        times = f"{self.now / self.committed:.2f}x, " if self.committed else ""
         said = "better; run --update, so that it stays" if better else "worse; mend it, or if it is meant run --update"
-        return f"{where}: committed {self.committed:,}, now {self.now:,}, {self.ratio:.2f}x, {said}"
+        return f"{where}: committed {self.committed:,}, now {self.now:,}, {times}{said}"
 
 
 def deviations(committed: Measured, now: Measured, *, exact: bool) -> list[Deviation]:
@@ -97,12 +95,12 @@ def this_version() -> str:
 def nearest(version: str, known: Sequence[str]) -> str:
     """The known "version architecture" nearest by version, of equally near ones that of the same architecture, then the newest."""
 
-    def numbers(name: str) -> list[int]:
-        return [int("".join(c for c in part if c.isdigit()) or 0) for part in name.split()[0].split(".")[:3]]
+    def number(name: str) -> int:
+        parts = [int("".join(filter(str.isdigit, part)) or 0) for part in name.split()[0].split(".")]
+        return sum(part * 1000**place for part, place in zip(parts, (2, 1, 0)))
 
-    def distance(name: str) -> tuple:
-        away = [abs(a - b) for a, b in zip(numbers(name), numbers(version))]
-        return away, name.split()[1] != version.split()[1], [-n for n in numbers(name)]
+    def distance(name: str) -> tuple[int, bool, int]:
+        return abs(number(name) - number(version)), name.split()[1] != version.split()[1], -number(name)
 
     return min(known, key=distance)
 
@@ -125,9 +123,9 @@ def _child(devices: int, only: str) -> Measured:
     flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
     env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "2"}
     call = [sys.executable, "-m", "benchmarks.guarded", str(devices), only]
-    done = subprocess.run(call, env=env, capture_output=True, text=True)
+    done = subprocess.run(call, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     if done.returncode:
-        raise QtjaxError(f"measuring on {devices} devices ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+        raise QtjaxError(f"measuring on {devices} devices ended with status {done.returncode}: {done.stderr[-2000:].strip()}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
