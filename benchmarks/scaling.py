@@ -84,6 +84,8 @@ def sizes_of(panel: str, own: dict[str, Any]) -> list[dict[str, Any]]:
             dict(size=m, rows=rows, length=length, sample=length // 2, shape=shape_of(m * 1e6)) for m in _numbers("models", own["models"], float)
         ]
     counts = [round(1000 * n) for n in _numbers("data", own["data"], float)]
+    if not counts[0] or len(set(counts)) < len(counts):
+        raise QtjaxError(f"--data {own['data']}: is in thousands; must be at least 0.001, and no two the same number of rows")
     return [dict(size=n, rows=n, length=256, batch=128, first=min(counts[0], 1000)) for n in counts]
 
 

@@ -36,11 +36,11 @@ def memory() -> dict[str, int | None]:
     """Bytes of this process. peak: the most that lay in memory so far; own: what lies there now and belongs to no file (mapped files
     the system may drop), None where the system does not say."""
     status = Path("/proc/self/status")
-    if not status.exists():
-        return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), "own": None}
-    # Not ru_maxrss here: after a fork it begins with the parent's.
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return {name: int(lines[field].split()[0]) * 1024 for name, field in (("peak", "VmHWM"), ("own", "RssAnon"))}
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines()) if status.exists() else {}
+    told = {name: int(lines[field].split()[0]) * 1024 if field in lines else None for name, field in (("peak", "VmHWM"), ("own", "RssAnon"))}
+    if told["peak"] is None:  # second choice: on Linux, after a fork, it begins with the parent's
+        told["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return told
 
 
 def packed(vocab: int, rows: int, length: int, sample: int, count: int) -> dict[str, np.ndarray]:

@@ -59,7 +59,7 @@ def _panel(axes: Axes, name: str, rows: Sequence[Mapping[str, Any]], note: str) 
     axes.set(xscale="log", yscale="log")
     low, high = axes.get_ylim()
     top = max(high, 1.5) * 3  # room for the legend
-    reach = min(last / first, top / 3)  # proportional growth, as far as it stays below
+    reach = min(last / first, top / 2.5)  # proportional growth, as far as it stays below
     axes.plot([first, first * reach], [1, reach], color=GREY, linewidth=1, linestyle=":", label="proportional to n", zorder=1)
     axes.set_ylim(min(low, 0.7), top)
     axes.set_title(heading, loc="left", fontsize=11.5, fontweight="bold", color=INK, pad=8)
