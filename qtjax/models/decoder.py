@@ -200,11 +200,22 @@ class Head(nn.Module):
         return self.param("kernel", normal, (c.hidden_size, c.vocab_size), jnp.dtype(c.param_dtype))
 
 
+_policies = jax.checkpoint_policies
+_NAMES = ("product", "attention")  # 16-bit products (edits.py), what a kernel's backward pass starts from (blocks.py, splash.py)
+# What a layer keeps for its backward pass beside its input; the rest is computed again.
+_REMAT = {
+    "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(*_NAMES)),
+    "full": None,
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["layer_input"], offload_src="device", offload_dst="pinned_host"
+    ),
+}
+
+
 def _scanned_layers(config: ModelConfig) -> Any:
     layer = Layer
     if config.remat != "none":
-        policy = None if config.remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        layer = nn.remat(Layer, policy=policy, prevent_cse=False)
+        layer = nn.remat(Layer, policy=_REMAT[config.remat], prevent_cse=False)
     return nn.scan(
         layer,
         variable_axes={"params": 0, "overlay": 0},
