@@ -10,6 +10,7 @@ small models of both families are computed in both frameworks and in plain float
 one after the other, the most important first, each in a process of its own, as long as the time lasts; --json is written after each.
 """
 
+import shutil
 import sys
 import tempfile
 import time
@@ -54,8 +55,13 @@ def check_flags(own: dict[str, Any]) -> tuple[Size, list[Row]]:
         raise QtjaxError(f"--microbatch {microbatch}: must be a multiple of {max(lengths)} that divides the step's {size.tokens} tokens")
     if remat and remat not in REMATS:
         raise QtjaxError(f"--remat {remat!r}: must be one of {', '.join(REMATS)}{near_names(remat, REMATS)}")
-    if own["json"] and not Path(own["json"]).absolute().parent.is_dir():
-        raise QtjaxError(f"--json {own['json']}: there is no folder {Path(own['json']).parent}; make it first")
+    json, cache, python = (own[name] for name in ("json", "compile-cache", "torch-python"))
+    if json and (Path(json).is_dir() or not Path(json).absolute().parent.is_dir()):
+        raise QtjaxError(f"--json {json}: must be a file in a folder that exists; make {Path(json).parent} or name another")
+    if cache and Path(cache).exists() and not Path(cache).is_dir():
+        raise QtjaxError(f"--compile-cache {cache}: is a file; name a folder, new or not")
+    if python and shutil.which(python) is None:
+        raise QtjaxError(f"--torch-python {python}: is no program; name the python of an environment that has torch, transformers and peft")
     return size, rows_of(size, names("rows", own["rows"], KINDS), lengths, not own["without-torch"], microbatch, remat)
 
 
@@ -90,11 +96,11 @@ def run(own: dict[str, Any], size: Size, rows: list[Row], budget: Budget, folder
         elif result["status"] == "done":
             result = measured(row, size, result, ours["matrix_rate"], peak)
         report["rows"].append({k: v for k, v in asdict(row).items() if k != "settings"} | result)
-        compared(report["rows"])
+        compared(report["rows"], bars=own["shape"] == "full")
         if own["json"]:
             write_json(own["json"], report)
         outcome = f"{result['tokens_per_second']:,.0f} tokens/s" if result["status"] == "done" else f"{result['status']}: {result['said']}"
-        say(f"{row.name}: {outcome}; {max(budget.left(), 0):.0f} s left")
+        say("\n".join([f"{row.name}: {outcome}; {max(budget.left(), 0):.0f} s left", *result.get("log", [])[-5:]]))
 
     run_rows(rows, launcher.row, budget, refused, heard)
     return report
@@ -109,6 +115,7 @@ def check_small(own: dict[str, Any], size: Size, budget: Budget, launcher: Launc
     job = {"kind": "check", "folder": str(folder / "small"), "rate": CHECK_RATE, "kinds": {name: small_kinds(size, name) for name in size.models}}
     ours = launcher.job("qtjax", job, budget.left())
     if ours["status"] != "done":
+        print("\n".join(ours.get("log", [])), file=sys.stderr)
         raise QtjaxError(f"--shape {own['shape']}: the check of small models did not run, so that nothing can be measured: {ours['said']}")
     if own["without-torch"]:
         return ours, None

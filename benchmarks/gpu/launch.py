@@ -62,5 +62,5 @@ class Launcher:
 def environment() -> dict[str, str]:
     """This process's, with nearly all of the device's memory for whoever runs, and this checkout's code first."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    defaults = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "PYTORCH_ALLOC_CONF": "expandable_segments:True", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    defaults = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "PYTORCH_ALLOC_CONF": "expandable_segments:True", "TF_CPP_MIN_LOG_LEVEL": "2", "JAX_TRACEBACK_FILTERING": "off"}
     return defaults | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}

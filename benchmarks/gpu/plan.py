@@ -9,7 +9,8 @@ from benchmarks.gpu.shapes import Size
 
 KINDS = ("full", "lora", "q-tuning", "score")
 GUESS = {"qtjax": 50.0, "torch": 35.0}  # seconds of a row, start and compilation included, before one of its framework has been run
-SAVING = 2.0  # seconds kept for the tables
+SAVING = 5.0  # seconds kept for ending a row that runs over, and for the tables
+TIMED = 10.0  # seconds of timed steps that a row takes, fewer when little is left
 
 # (tokens of a microbatch, what is kept for the backward pass), the first that is thought to fit 80 GB and be fast, then what needs less.
 # qtjax: remat none | dots | full. torch: all | checkpoint.
@@ -17,7 +18,9 @@ SAVING = 2.0  # seconds kept for the tables
 # Bytes of a step of the 1.7B model: 16 for every parameter (weights, two moments, accumulated gradients: 27 GB), 4 for the microbatch's
 # gradients and 2 for the bfloat16 weights (10 GB), and with "dots" 26 D for every token and layer (8,192 tokens: 10 GB). The 8B model
 # under LoRA: 2 for every parameter (16 GB), and with "dots" the products of base and adapter both, 172 KB for every token and layer
-# (4,096 tokens: 23 GB; 8,192 would be 45). Without remat torch keeps about 50 D (20 GB) and 240 KB (31 GB), and logits 14 V a token.
+# (4,096 tokens: 23 GB; 8,192 would be 45). Compiled for an H100 ahead of time, with attention that holds [heads, L, L]: 51 GB and 42 GB
+# at L = 2048, 57 GB and 45 GB at 4096, scoring the 8B model 19 GB. Without remat torch keeps about 50 D (20 GB) and 240 KB (31 GB) for
+# every token and layer, and logits of 14 V bytes a token.
 _STEP = 32768  # tokens of a step that these go with; a smaller size scales them
 _SETTINGS = {
     ("full", "qtjax"): ((8192, "dots"), (8192, "full"), (4096, "full")),
@@ -110,7 +113,7 @@ def attempt(row: Row, launch: Launch, budget: Budget, needed: float) -> tuple[di
     """(result of the first setting that fits the device's memory, how many were tried), while there is time to try."""
     for tries, (rows, memory) in enumerate(row.settings, start=1):
         left = budget.left()
-        result = launch(row, rows, memory, max(2.0, min(10.0, left / 10)), left)
+        result = launch(row, rows, memory, min(TIMED, left / 10), left)
         full = result["status"] == "no memory"
         result |= {"rows": rows, "memory": memory, "out_of_memory": tries - (not full)}
         if not full or budget.left() < needed:
