@@ -5,10 +5,10 @@ import math
 
 import numpy as np
 import pytest
+
 from benchmarks.gpu import __main__ as door
 from benchmarks.gpu import check, ours, plan, report, timing
 from benchmarks.gpu.shapes import LLAMA, SIZES, SMOL, expected_loss, layer_weights, lora_values, published_peak, shrunk, small_kinds, token_flops
-
 from qtjax import models
 from qtjax.errors import QtjaxError
 from qtjax.overlays import abstract_overlay
@@ -184,10 +184,8 @@ def test_a_row_with_another_loss_than_random_weights_have_is_refused():
 class Launched:
     """In place of processes: the small models agree, rows take no time."""
 
-    rows: list = []
-
     def __init__(self, *given):
-        self.backend = ""
+        self.backend, self.rows = "", []
 
     def job(self, framework, job, limit):
         mine, other = answers(FULL)
@@ -197,7 +195,7 @@ class Launched:
         self.rows.append(row)
         if len(self.rows) == 3:
             raise KeyboardInterrupt
-        loss, entropy = expected_loss(FULL.models[row.model])
+        loss, _ = expected_loss(FULL.models[row.model])
         return {"status": "done", "tokens": 32768, "seconds": [1.0], "first_loss": loss + (len(self.rows) == 2), "last_loss": loss, "memory_bytes": 2**30}
 
 

@@ -39,7 +39,7 @@ def names(flag: str, text: str, known: Sequence[str]) -> list[str]:
     for name in given:
         if name not in known:
             raise QtjaxError(f"--{flag} {name!r}: must be of {', '.join(known)}{near_names(name, known)}")
-    return given or list(known)
+    return list(dict.fromkeys(given)) or list(known)
 
 
 def check_flags(own: dict[str, Any]) -> tuple[Size, list[Row]]:
@@ -67,9 +67,8 @@ def check_flags(own: dict[str, Any]) -> tuple[Size, list[Row]]:
 
 def run(own: dict[str, Any], size: Size, rows: list[Row], budget: Budget, folder: Path, console: Console) -> dict[str, Any]:
     """The whole report; written to --json on the way."""
-    launcher = Launcher(
-        own["shape"], folder, Path(own["compile-cache"] or folder / "compiled").absolute(), {"qtjax": sys.executable, "torch": own["torch-python"] or sys.executable}
-    )
+    pythons = {"qtjax": sys.executable, "torch": own["torch-python"] or sys.executable}
+    launcher = Launcher(own["shape"], folder, Path(own["compile-cache"] or folder / "compiled").absolute(), pythons)
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)

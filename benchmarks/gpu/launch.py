@@ -40,7 +40,7 @@ class Launcher:
             with log.open("wb") as spoken:
                 done = subprocess.run(
                     [self.pythons[framework], "-m", module, str(place.with_suffix(".json"))], cwd=ROOT, env=environment(),
-                    stdin=subprocess.DEVNULL, stdout=spoken, stderr=subprocess.STDOUT, timeout=max(limit, 0),
+                    stdin=subprocess.DEVNULL, stdout=spoken, stderr=subprocess.STDOUT, timeout=max(limit, 0), check=False,
                 )  # fmt: skip
         except subprocess.TimeoutExpired:
             return {"status": "no time", "said": f"stopped after {limit:.0f} s"}
@@ -62,5 +62,8 @@ class Launcher:
 def environment() -> dict[str, str]:
     """This process's, with nearly all of the device's memory for whoever runs, and this checkout's code first."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    defaults = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "PYTORCH_ALLOC_CONF": "expandable_segments:True", "TF_CPP_MIN_LOG_LEVEL": "2", "JAX_TRACEBACK_FILTERING": "off"}
-    return defaults | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    defaults = {
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "PYTORCH_ALLOC_CONF": "expandable_segments:True", "TF_CPP_MIN_LOG_LEVEL": "2",
+        "JAX_TRACEBACK_FILTERING": "off", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+    }  # fmt: skip
+    return defaults | os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}

@@ -74,10 +74,12 @@ def random_params(config: ModelConfig, mesh: Mesh) -> Tree:
     def drawn(path: str, leaf: Any, key: jax.Array) -> jax.Array:
         if path.endswith("norm/weight"):
             return jnp.ones(leaf.shape, leaf.dtype)
-        one = lambda key, shape: config.initializer_range * jax.random.normal(key, shape, leaf.dtype)  # noqa: E731
         if path.startswith("layers/"):
-            return jax.lax.map(lambda key: one(key, leaf.shape[1:]), jax.random.split(key, leaf.shape[0]))
-        return one(key, leaf.shape)
+            return jax.lax.map(lambda key: normal(key, leaf.shape[1:], leaf.dtype), jax.random.split(key, leaf.shape[0]))
+        return normal(key, leaf.shape, leaf.dtype)
+
+    def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return config.initializer_range * jax.random.normal(key, shape, dtype)
 
     def all_drawn(key: jax.Array) -> Tree:
         return unflatten({path: drawn(path, leaf, jax.random.fold_in(key, i)) for i, (path, leaf) in enumerate(leaves.items())})

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.gpu.timing import Missing, serve, timed
 
-PACKAGES = {"full": ("torch", "transformers"), "score": ("torch", "transformers"), "lora": ("torch", "transformers", "peft"), "check": ("torch", "transformers")}
+PACKAGES = {kind: ("torch", "transformers") for kind in ("check", "full", "score")} | {"lora": ("torch", "transformers", "peft")}
 
 
 def ready(job: dict[str, Any]) -> str:
