@@ -2,13 +2,18 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-
 from benchmarks.gpu import __main__ as door
-from benchmarks.gpu import check, ours, plan, report, timing
+from benchmarks.gpu import check, ours, peer, plan, report, timing
+from benchmarks.gpu.launch import Launcher
 from benchmarks.gpu.shapes import LLAMA, SIZES, SMOL, expected_loss, layer_weights, lora_values, published_peak, shrunk, small_kinds, token_flops
+
 from qtjax import models
 from qtjax.errors import QtjaxError
 from qtjax.overlays import abstract_overlay
@@ -139,6 +144,46 @@ def test_as_many_steps_as_fit():
     assert timing.timed(lambda: step(10), 5, clock=clock) == [10, 10, 10]
     assert len(timing.timed(lambda: step(1), 5.5, clock=clock)) == 5
     assert len(timing.timed(lambda: step(0.01), 5, most=8, clock=clock)) == 8
+
+
+SERVED = """
+from benchmarks.gpu.timing import Missing, serve
+def fails(error):
+    def run(job):
+        raise error
+    return run
+serve({"well": lambda job: {"x": job["length"]}, "full": fails(MemoryError("asked for 9 GB")), "bare": fails(Missing("no torch")), "bug": fails(KeyError("x"))},
+      lambda error: isinstance(error, MemoryError))
+"""
+
+
+def test_a_process_answers_with_its_numbers_or_why_it_has_none(tmp_path):
+    """Memory that ran out and a missing package are answers; a bug ends the process without one."""
+    found = {}
+    for kind in ("well", "full", "bare", "bug"):
+        (tmp_path / kind).write_text(json.dumps({"kind": kind, "length": 8, "out": str(tmp_path / f"{kind}.json")}))
+        done = subprocess.run([sys.executable, "-c", SERVED, str(tmp_path / kind)], cwd=Path(door.__file__).parents[2], capture_output=True, check=False)
+        found[kind] = json.loads((tmp_path / f"{kind}.json").read_text()) if done.returncode == 0 else done.returncode
+    assert found == {
+        "well": {"status": "done", "x": 8}, "full": {"status": "no memory", "said": "asked for 9 GB"}, "bare": {"status": "missing", "said": "no torch"}, "bug": 1,
+    }  # fmt: skip
+    assert ours.out_of_memory(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")) and not ours.out_of_memory(ValueError("RESOURCE_EXHAUSTED"))
+    assert not ours.out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: no")) and not peer.out_of_memory(ValueError("out of memory"))
+
+
+def test_a_process_that_dies_or_lasts_too_long_is_said_in_one_line(tmp_path):
+    """Its last words, the limit it ran into, or that there is no such program."""
+
+    def said(script, limit=60.0):
+        (tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "python").chmod(0o755)
+        answer = Launcher("tiny", tmp_path, tmp_path, {"torch": str(tmp_path / "python")}).job("torch", {"kind": "check"}, limit)
+        return answer["status"], answer["said"]
+
+    assert said("echo one; echo last words >&2; echo; exit 3") == ("failed", "exit status 3: last words")
+    assert said("exit 0") == ("failed", "exit status 0: nothing was said")
+    assert said("exec sleep 30", 0.2) == ("no time", "stopped after 0 s")
+    assert Launcher("tiny", tmp_path, tmp_path, {"torch": "nowhere"}).job("torch", {"kind": "check"}, 9)["said"] == "nowhere: No such file or directory"
 
 
 def answers(size):
@@ -308,7 +353,7 @@ def test_torch_beside_ours(monkeypatch, tmp_path):
 def test_an_interpreter_without_torch_says_so_and_ours_go_on(tmp_path, monkeypatch):
     """One line in each of torch's rows, none of them started."""
     bare = tmp_path / "python"
-    bare.write_text(f"#!/bin/sh\nexec {__import__('sys').executable} -S -E \"$@\"\n")
+    bare.write_text(f"#!/bin/sh\nexec {sys.executable} -S -E \"$@\"\n")
     bare.chmod(0o755)
     monkeypatch.setattr(plan, "TIMED", 0.5)
     door.main(["--shape", "tiny", "--rows", "score", "--lengths", "64", "--torch-python", str(bare), "--seconds", "3000", "--json", str(tmp_path / "out.json")])
