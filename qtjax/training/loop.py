@@ -90,6 +90,7 @@ class Loop:
         self._thread = ThreadPoolExecutor(1)
         self._next: tuple[int, Future] | None = None
         self.following: Chosen | None = None  # the next step's work, chosen on older weights
+        self.clock = Clock()  # the last step's
 
     def _padded(self, count: int) -> int:
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"] // jax.process_count() or 1
@@ -190,7 +191,7 @@ class Loop:
         Returns: (metrics, EU record columns or None for full data).
         Raises QtjaxError when the loss is not finite; the state is then not to be saved.
         """
-        clock = Clock()
+        clock = self.clock = Clock()
         chosen, self.following = self.following, None
         if chosen is None:
             assert not (self.lag and step > self.warmup), f"step {step + 1}: the scores of the step before are gone"
