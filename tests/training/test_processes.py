@@ -24,23 +24,41 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def launch(folder: Path, *own: str, devices: int) -> subprocess.Popen:
+# qtjax.train, but its fourth step is an error: the user's (a disk that refuses one process only) or a bug.
+RAISING = """
+import sys
+from qtjax.errors import QtjaxError, door
+from qtjax.train import main
+from qtjax.training.loop import Loop
+
+def step(self, number, last, true=Loop.step):
+    if number == 3:
+        raise {error}
+    return true(self, number, last)
+
+Loop.step = step
+door(main)
+"""
+
+
+def launch(folder: Path, *own: str, devices: int, error: str = "") -> subprocess.Popen:
     """qtjax.train on so many CPU devices; what it says goes to a file beside the run folder."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
     with open(folder.with_suffix(f".{own[-1] if own else 0}.log"), "a") as said:
+        program = ["-c", RAISING.format(error=error)] if error else ["-m", "qtjax.train"]
         return subprocess.Popen(
-            [sys.executable, "-m", "qtjax.train", *FLAGS, "--run.folder", str(folder), "--run.compile-cache", str(folder.parent / "compiled"), *own],
+            [sys.executable, *program, *FLAGS, "--run.folder", str(folder), "--run.compile-cache", str(folder.parent / "compiled"), *own],
             cwd=ROOT, env=env, stdout=said, stderr=said,
         )  # fmt: skip
 
 
-def launch_two(folder: Path) -> list[subprocess.Popen]:
-    """Two processes of four devices each."""
+def launch_two(folder: Path, errors: tuple[str, str] = ("", "")) -> list[subprocess.Popen]:
+    """Two processes of four devices each; errors: what a process raises in its fourth step."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    return [launch(folder, "--coordinator", address, "--processes", "2", "--process", str(i), devices=4) for i in range(2)]
+    return [launch(folder, "--coordinator", address, "--processes", "2", "--process", str(i), devices=4, error=errors[i]) for i in range(2)]
 
 
 def steps(folder: Path) -> list[dict]:
@@ -99,6 +117,32 @@ def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
     assert "tasks are unhealthy" in (tmp_path / "killed.0.log").read_text()
     assert [process.wait() for process in launch_two(killed)] == [0, 0]
     same(one, killed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("errors", "code", "said", "missed"), [
+    (("", "RuntimeError('a bug in one process')"), 1, "a bug in one process", "tasks are unhealthy (stopped sending heartbeats):\n1\n"),
+    (("QtjaxError('its disk is full')", ""), 2, "error: its disk is full\n", "leader task was preempted/died"),
+    (("QtjaxError('bad for all')",) * 2, 2, "error: bad for all\n", ""),
+])  # fmt: skip
+def test_an_error_in_one_process_ends_all_within_a_minute(tmp_path, errors, code, said, missed):
+    """The process that raises says its error and is gone; the other, in a collective that waits for it, stops within a minute
+    and says which one it misses; where all raise the same, each ends in good order and says it. The run goes on afterwards."""
+    run = tmp_path / "run"
+    both, raising = launch_two(run, errors), next(i for i, error in enumerate(errors) if error)
+    wait_for_step(run, 3, both)
+    begin = time.monotonic()
+    codes = [process.wait(timeout=120) for process in both]
+    assert time.monotonic() - begin < 60
+    logs = [(tmp_path / f"run.{i}.log").read_text() for i in range(2)]
+    assert codes[raising] == code and said in logs[raising], logs[raising][-2000:]
+    if missed:
+        assert codes[1 - raising] != 0 and missed in logs[1 - raising], logs[1 - raising][-2000:]
+    else:
+        assert codes == [code] * 2 and all(said in log and "Check failure" not in log for log in logs), logs
+    assert len(steps(run)) == 3
+    assert launch(run, devices=8).wait() == 0
+    assert [m["step"] for m in steps(run)] == list(range(1, 9))
 
 
 @pytest.mark.parametrize(("given", "message"), [
