@@ -4,6 +4,7 @@
     metrics.jsonl            one line a step                             (qtjax/records/metrics.py)
     eu/*.parquet             one row per scored sample and step          (qtjax/records/samples.py)
     tensorboard/             the metrics once more, as event files       (qtjax/records/events.py)
+    tokens/                  the training data, tokenized; may be deleted, a restart then makes it again (qtjax/data/prepare.py)
     checkpoints/ model/ pictures/ compile_cache/                         written by others
     summary.json             present once the run has finished
 
@@ -101,6 +102,11 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def tokens(self) -> Path:
+        """Where the tokenized data lie, and what else is too large for memory."""
+        return self.path / "tokens"
 
     @property
     def model(self) -> Path:
