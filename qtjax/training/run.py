@@ -208,7 +208,7 @@ def _resume(
     loop.resume(found.step, last, found.pending)
     folder.cut_back(found.step)
     checkpoints.forget(found.skipped)
-    console.print(f"resume  from step {found.step}", highlight=False)
+    console.print(f"resume  from step {found.step}{''.join(f'; {said}' for said in folder.moved)}", highlight=False, soft_wrap=True)
     return found.step
 
 
