@@ -1,5 +1,6 @@
 """Every compiled program of a run, compiled before the first step: after that a new shape is an error, not a stall."""
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,6 +21,7 @@ from qtjax.training.step import Decision, accumulate, choose_early, decide, plac
 from qtjax.tree import Tree
 
 Shapes = Any  # a tree of jax.ShapeDtypeStruct
+_TRACING = threading.Lock()  # flax changes a module's class while it builds one: two threads at once, now and then one fails
 
 
 def rows_shape(mesh: Mesh, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -84,7 +86,12 @@ def program_jobs(
         scoring = replace(subject, config=replace(subject.config, dtype=prune.score_dtype))
 
     def job(name: str, function: Callable, *arguments: Shapes, **options: Any) -> None:
-        jobs[name] = lambda: jax.jit(function, **options).lower(*arguments).compile()
+        def compiled() -> Any:
+            with _TRACING:
+                lowered = jax.jit(function, **options).lower(*arguments)
+            return lowered.compile()
+
+        jobs[name] = compiled
 
     for rows in shapes:
         packed = rows_shape(mesh, rows, row_length)
