@@ -85,7 +85,7 @@ def bench(tmp_path, monkeypatch):
         if isinstance(answer, str):
             raise drive.Failed(answer)
         losses, cpu = answer
-        return {"marks": marks(np.arange(1, 5) * cpu, np.arange(1, 5), losses), "peak_bytes": 2**20, "versions": {}}
+        return {"marks": marks([cpu * i for i in range(1, 5)], range(1, 5), losses), "peak_bytes": 2**20, "versions": {}}
 
     monkeypatch.setattr(drive, "launch", launch)
     made.reference = {"losses": {"full": [2.0, 1.5, 1.2]}, "initial_nll": {"0": 6.0, "1": 6.0}}

@@ -19,11 +19,13 @@ def scores(model: torch.nn.Module, samples: Samples, indices, logits: str) -> tu
     given = {"input_ids": ids, "attention_mask": real.long()}
     if logits == "answers":
         keep = torch.cat([wanted, torch.zeros_like(wanted[:, :1])], dim=1)
-        log_p, labels = torch.log_softmax(model(**given, logits_to_keep=keep).logits, dim=-1), labels[wanted]
+        out, labels = model(**given, logits_to_keep=keep).logits, labels[wanted]
     else:
-        log_p = torch.log_softmax(model(**given).logits[:, :-1], dim=-1)
-    nll = -log_p.gather(-1, labels[..., None])[..., 0]
-    entropy = -(log_p.exp() * log_p).sum(-1)
+        out = model(**given).logits[:, :-1]
+    total = out.logsumexp(-1)
+    nll = total - out.gather(-1, labels[..., None])[..., 0]
+    # Two arrays of the logits' size; log_softmax and its exponential would make four.
+    entropy = total - (out - total[..., None]).exp_().mul_(out).sum(-1)
     return tuple((x if logits == "answers" else x[wanted]).numpy() for x in (nll, entropy))
 
 
