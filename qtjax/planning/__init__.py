@@ -2,10 +2,11 @@
 
 from qtjax.planning.chips import CHIPS, Chip, open_topology
 from qtjax.planning.collectives import Collective, collectives
-from qtjax.planning.need import Need, abstract_run, leaves_by_path, needs_of, on_device
-from qtjax.planning.work import forward_flops, step_work
+from qtjax.planning.need import Held, Need, Weighed, abstract_run, held_by, leaves_by_path, need_of, on_device, weigh
+from qtjax.planning.shapes import PUBLISHED, model_shape
+from qtjax.planning.work import REACHED, Part, needed_flops, spent_flops, step_parts
 
 __all__ = [
-    "CHIPS", "Chip", "Collective", "Need", "abstract_run", "collectives", "forward_flops", "leaves_by_path", "needs_of", "on_device",
-    "open_topology", "step_work",
+    "CHIPS", "Chip", "Collective", "Held", "Need", "Part", "REACHED", "Weighed", "PUBLISHED", "abstract_run", "collectives", "held_by", "leaves_by_path", "model_shape",
+    "need_of", "needed_flops", "on_device", "open_topology", "spent_flops", "step_parts", "weigh",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from qtjax.errors import QtjaxError, near_names
 @dataclass(frozen=True)
 class Chip:
     """One device as the compiler sees it. memory: GiB; peak: 1e12 bfloat16 FLOP a second; bandwidth: 1e9 bytes a second of its
-    memory; links: 1e9 bytes a second to its neighbours, all links and both directions together."""
+    memory; links: 1e9 bytes a second that it receives over all its links together (makers also publish twice that, as "bidirectional")."""
 
     memory: float
     peak: float
@@ -24,7 +24,7 @@ CHIPS = {
     "v4": Chip(16, 137.5, 614, 150),
     "v5e": Chip(15.75, 197, 819, 200),
     "v5p": Chip(95, 459, 2765, 600),
-    "v6e": Chip(31.25, 918, 1640, 448),
+    "v6e": Chip(31.25, 918, 1638, 400),
 }
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
