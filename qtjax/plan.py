@@ -16,25 +16,26 @@ GIB = 2**30
 def main(argv: Sequence[str] | None = None, console: Console | None = None) -> None:
     config, own = load_config(
         "python -m qtjax.plan",
-        "Compiles a run's scoring and training for TPUs that are not here, and says whether it fits, how every array lies, what moves between"
-        " the devices, and about how long a step takes. Needs the package libtpu, no TPU and no weights: only the model's config.json.",
+        "Compiles a run's scoring and training for TPUs or GPUs that are not here, and says whether it fits, how every array lies, what moves"
+        " between the devices, and about how long a step takes. Needs their compiler (the extra plan, or plan-gpu), no device and no weights:"
+        " only the model's config.json.",
         argv,
         {
-            "topology": ("", "CHIP:SHAPE, for example v5e:4x4, v5p:4x4x4"),
+            "topology": ("", "CHIP:SHAPE or GPU:COUNT, for example v5e:4x4, v5p:4x4x4, h100:8"),
             "tokens-per-sample": (0, "mean tokens of a sample, for the estimate of time; 0: data.max_length"),
             "leaves": (False, "list the sharding of every array"),
         },
     )
     if not own["topology"]:
-        raise QtjaxError("--topology: is missing; give CHIP:SHAPE, for example v5e:4x4")
+        raise QtjaxError("--topology: is missing; give CHIP:SHAPE or GPU:COUNT, for example v5e:4x4 or h100:8")
     tokens = own["tokens-per-sample"] or config.data.max_length
     if not 0 < tokens <= config.data.max_length:
         raise QtjaxError(f"--tokens-per-sample {tokens}: must be from 1 to data.max_length = {config.data.max_length}, where samples are cut")
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # nothing runs here, and libtpu must not look for a TPU
+    jax.config.update("jax_platforms", "cpu")  # nothing runs here, and no compiler must look for its device
     from qtjax.parallel import batch_size
-    from qtjax.planning import leaves_by_path, model_shape, open_topology, step_parts, weigh
+    from qtjax.planning import GPU_NAMES, SHARE_VARIABLE, leaves_by_path, model_shape, open_topology, step_parts, weigh
     from qtjax.training.ladder import ladder
     from qtjax.training.run import check_fit
 
@@ -47,24 +48,28 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     mesh = plan.mesh
     say(console, f"{config.model.path} on {own['topology']}" + (f" ({found})" if found else ""))
     ways = " x ".join(f"{name} {ways}" for name, ways in mesh.shape.items())
-    say(console, f"{len(devices)} devices, mesh {ways}; launches of {plan.rows} rows x {plan.length} slots")
+    say(console, f"{len(devices)} device{'s' * (len(devices) > 1)}, mesh {ways}; launches of {plan.rows} rows x {plan.length} slots")
     if own["leaves"]:
         console.print(leaves_table(leaves_by_path(plan.run.state.trainable) + leaves_by_path(plan.run.frozen)))
-    console.print(memory_table(plan.needs, chip.memory))
-    free = chip.memory - plan.worst / GIB
+    console.print(memory_table(plan.needs, chip.usable))
+    free = chip.usable - plan.worst / GIB
     if free < 0:
-        say(console, f"does not fit: {-free:.1f} GiB are lacking on each device of {chip.memory:g} GiB", style="bold")
+        say(console, f"does not fit: {-free:.1f} GiB are lacking on each device of {chip.usable:.4g} GiB", style="bold")
         for line in suggestions(config, mesh):
             say(console, f"  try {line}")
     else:
-        say(console, f"fits: {free:.1f} of {chip.memory:g} GiB stay free on each device", style="bold")
+        say(console, f"fits: {free:.1f} of {chip.usable:.4g} GiB stay free on each device", style="bold")
+    if own["topology"] in GPU_NAMES:
+        say(console, f"JAX takes {chip.share:.0%} of a GPU's {chip.memory:g} GiB, as {SHARE_VARIABLE} says or by itself. No kernel was tried out: "
+            "temporaries are approximate.")  # fmt: skip
     shapes = ladder(config.train.rows, batch_size(mesh), config.train.shapes)
     touched = 2 * (plan.held.trained + plan.held.moments) + plan.held.gradients
     parts = step_parts(config, plan.run.subject.config, chip, len(devices), plan.needs, shapes, plan.length, tokens, touched)
     console.print(estimate_table(parts, chip, len(devices)))
     low, high = (sum(part.seconds[i] for part in parts) for i in (0, 1))
     mfu = _mfu(sum(part.flops for part in parts), low, high, chip, len(devices))
-    say(console, f"a step: about {_range(f'{low:.2g}', f'{high:.2g}')} s, MFU {mfu}", style="bold")
+    unit, scale = ("s", 1) if high > 1 else ("ms", 1000)
+    say(console, f"a step: about {_range(_number(low * scale), _number(high * scale))} {unit}, MFU {mfu}", style="bold")
     for line in assumptions(parts, chip, shapes[-1] * plan.length, config.prune.batch_size):
         say(console, line)
 
@@ -84,7 +89,7 @@ def _table(*columns: str) -> Table:
 def memory_table(needs: dict[str, Any], memory: float) -> Table:
     """What lies on each device, program by program, and what a launch of it moves."""
     unit, size = ("GiB", GIB) if max(need.total for need in needs.values()) > GIB / 10 else ("MiB", 2**20)
-    table = _table(f"{unit} a device<", "arguments", "temporaries", "beside", "total", f"of {memory:g}", "moved")
+    table = _table(f"{unit} a device<", "arguments", "temporaries", "beside", "total", f"of {memory:.4g}", "moved")
     for name, need in needs.items():
         moved = "unreadable" if need.moved is None else f"{sum(each.bytes for each in need.moved) / size:.2f}"
         numbers = [f"{x / size:.2f}" for x in (need.arguments, need.temporaries, need.beside, need.total)]

@@ -11,7 +11,8 @@ from qtjax import plan, planning, smol
 from qtjax.errors import QtjaxError
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("v5e:16x15", "did you mean 'v5e:16x16'"), ("v5e-256", "must be CHIP:SHAPE"), ("v5p:2x4", "v5p"), ("h9:1", "must be CHIP:SHAPE"),
+    ("v5e:16x15", "did you mean 'v5e:16x16'"), ("v5e-256", "there are v4, v5e, v5p, v6e, a100-40gb"), ("v5p:2x4", "v5p has 2x2x1, 2x2x2"),
+    ("h100:3", "h100 has 1, 2, 4, 8"), ("H100", "did you mean 'h100:"), ("h10:8", "did you mean 'h100:8'"), ("cpu:1", "must be CHIP:SHAPE"),
 ])  # fmt: skip
 def test_a_topology_that_does_not_exist(name, message):
     """Near names, or the shapes that the chip has."""
