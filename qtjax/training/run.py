@@ -82,7 +82,7 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
         if used:
             check_other_model(config, field, tokenizer)
     shape = read_config(resolve_folder(config.model.path))
-    _check_fit(config, shape)
+    check_fit(config, shape)
     dataset = _training_data(config, folder, tokenizer)
     check_tasks(config, shape, dataset)
     console.print(f"data    {dataset.stats.line()}", highlight=False, soft_wrap=True)
@@ -139,7 +139,7 @@ def _held_out(config: Config, folder: RunFolder, shape: ModelConfig, tokenizer: 
     return evals.load_held_out(config, shape, tokenizer, tasks, scratch=folder.tokens)
 
 
-def _check_fit(config: Config, shape: ModelConfig) -> None:
+def check_fit(config: Config, shape: ModelConfig) -> None:
     """Raises QtjaxError for what would train and be wrong in silence."""
     if config.data.max_length > shape.max_position_embeddings:
         raise QtjaxError(
@@ -267,4 +267,4 @@ def _stop_requested() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-__all__ = ["Interrupted", "Session", "check_data", "open_session", "total_steps", "train_steps"]
+__all__ = ["Interrupted", "Session", "check_data", "check_fit", "open_session", "total_steps", "train_steps"]
