@@ -42,7 +42,10 @@ class ModelSection:
     random_init: bool = knob(False, "start from random weights of the folder's config.json (pretraining)")
     dtype: str = knob("float32", "compute dtype of matrix products and activations", choices=DTYPES)
     param_dtype: str = knob("float32", "dtype in which parameters are stored and updated", choices=DTYPES)
-    remat: str = knob("none", "what the backward pass recomputes per layer", choices=("none", "dots", "full"))
+    remat: str = knob(
+        "none", "what the backward pass computes again per layer: nothing, all but matrix products (dots), all (full); offload: all, and the"
+        " layers' inputs wait in the host's memory", choices=("none", "dots", "full", "offload"),
+    )  # fmt: skip
     unroll_layers: bool = knob(False, "unroll the scan over layers: faster steps, slower compilation")
     quantization: str = knob(
         "none", "the layers' kernels packed while loading, a frozen base for overlays (QLoRA)", choices=("none", "nf4", "int8", "int4")

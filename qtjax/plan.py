@@ -10,123 +10,147 @@ from rich.table import Table
 from qtjax.config import Config, load_config
 from qtjax.errors import QtjaxError, door
 
-# Of a chip's published matrix rate, what well-tuned dense transformers reach on it; an assumption of the estimate.
-REACHED = 0.6
 GIB = 2**30
 
 
 def main(argv: Sequence[str] | None = None, console: Console | None = None) -> None:
     config, own = load_config(
         "python -m qtjax.plan",
-        "Compiles a run's scoring and training for TPUs that are not here, and says whether it fits, how every array lies, what moves between"
-        " the devices, and about how long a step takes. Needs the package libtpu, no TPU and no weights: only the model's config.json.",
+        "Compiles a run's scoring and training for TPUs or GPUs that are not here, and says whether it fits, how every array lies, what moves"
+        " between the devices, and about how long a step takes. Needs their compiler (the extra plan, or plan-gpu), no device and no weights:"
+        " only the model's config.json.",
         argv,
         {
-            "topology": ("", "CHIP:SHAPE, for example v5e:4x4, v5p:4x4x4"),
+            "topology": ("", "CHIP:SHAPE or GPU:COUNT, for example v5e:4x4, v5p:4x4x4, h100:8"),
             "tokens-per-sample": (0, "mean tokens of a sample, for the estimate of time; 0: data.max_length"),
             "leaves": (False, "list the sharding of every array"),
         },
     )
     if not own["topology"]:
-        raise QtjaxError("--topology: is missing; give CHIP:SHAPE, for example v5e:4x4")
+        raise QtjaxError("--topology: is missing; give CHIP:SHAPE or GPU:COUNT, for example v5e:4x4 or h100:8")
+    tokens = own["tokens-per-sample"] or config.data.max_length
+    if not 0 < tokens <= config.data.max_length:
+        raise QtjaxError(f"--tokens-per-sample {tokens}: must be from 1 to data.max_length = {config.data.max_length}, where samples are cut")
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # nothing runs here, and libtpu must not look for a TPU
-    from qtjax.parallel import batch_size, make_mesh, round_up
-    from qtjax.planning import abstract_run, leaves_by_path, needs_of, on_device, open_topology, step_work
+    jax.config.update("jax_platforms", "cpu")  # nothing runs here, and no compiler must look for its device
+    from qtjax.parallel import batch_size
+    from qtjax.planning import GPU_NAMES, SHARE_VARIABLE, leaves_by_path, model_shape, open_topology, step_parts, weigh
     from qtjax.training.ladder import ladder
-    from qtjax.training.programs import program_jobs
-    from qtjax.training.pruners import pruners
+    from qtjax.training.run import check_fit
 
     console = console or Console()
     devices, chip = open_topology(own["topology"])
-    mesh = make_mesh(config.mesh, devices)
-    run = abstract_run(config, mesh)
-    rows = ladder(config.train.rows, batch_size(mesh), 1)[0]
-    length = config.train.row_length or config.data.max_length
-    jobs = program_jobs(
-        run.subject, mesh, config.prune, config.train.loss, run.optimizer, run.state, run.frozen, shapes=(rows,), row_length=length,
-        samples=round_up(config.prune.batch_size, batch_size(mesh)), max_length=config.data.max_length,
-    )  # fmt: skip
-    weights, moments, frozen = (on_device(tree) for tree in (run.state.trainable, (run.state.optimizer, run.state.method), run.frozen))
-    gradients = on_device(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32", sharding=x.sharding), run.state.trainable))
-    given = {f"score {rows}": weights + frozen, f"accumulate {rows}": weights + frozen + gradients, "update": weights + moments + gradients}
-    beside = {f"score {rows}": moments, f"accumulate {rows}": moments, "update": frozen}
+    shape, found = model_shape(config.model.path)
+    check_fit(config, shape)
     with console.status(f"compiling for {own['topology']}"):
-        needs = needs_of({name: jobs[name] for name in beside if name in jobs}, mesh, given, beside)
-    shape = " x ".join(f"{name} {ways}" for name, ways in mesh.shape.items())
-    console.print(f"{config.model.path} on {own['topology']}: {len(devices)} devices, mesh {shape}; {rows} rows x {length} a launch", highlight=False)
+        plan = weigh(config, shape, devices)
+    mesh = plan.mesh
+    say(console, f"{config.model.path} on {own['topology']}" + (f" ({found})" if found else ""))
+    ways = " x ".join(f"{name} {ways}" for name, ways in mesh.shape.items())
+    say(console, f"{len(devices)} device{'s' * (len(devices) > 1)}, mesh {ways}; launches of {plan.rows} rows x {plan.length} slots")
     if own["leaves"]:
-        console.print(leaves_table(leaves_by_path(run.state.trainable) + leaves_by_path(run.frozen)))
-    console.print(memory_table(needs, chip.memory))
-    worst = max(need.total for need in needs.values()) / GIB
-    if worst > chip.memory:
-        console.print(
-            f"does not fit: {worst - chip.memory:.1f} GiB are lacking on each device of {chip.memory:g} GiB", style="bold", highlight=False
-        )
+        console.print(leaves_table(leaves_by_path(plan.run.state.trainable) + leaves_by_path(plan.run.frozen)))
+    console.print(memory_table(plan.needs, chip.usable))
+    free = chip.usable - plan.worst / GIB
+    if free < 0:
+        say(console, f"does not fit: {-free:.1f} GiB are lacking on each device of {chip.usable:.4g} GiB", style="bold")
         for line in suggestions(config, mesh):
-            console.print(f"  try {line}", highlight=False)
+            say(console, f"  try {line}")
     else:
-        console.print(f"fits: {chip.memory - worst:.1f} of {chip.memory} GiB stay free on each device", style="bold", highlight=False)
-    needed = pruners(config.prune)
-    tokens = own["tokens-per-sample"] or config.data.max_length
-    work = step_work(config, run.subject.config, tokens, length, needed.scores, needed.decides)
-    console.print(estimate_table(work, needs, chip, len(devices), rows * length))
+        say(console, f"fits: {free:.1f} of {chip.usable:.4g} GiB stay free on each device", style="bold")
+    if own["topology"] in GPU_NAMES:
+        say(console, f"JAX takes {chip.share:.0%} of a GPU's {chip.memory:g} GiB, as {SHARE_VARIABLE} says or by itself. No kernel was tried out: "
+            "temporaries are approximate.")  # fmt: skip
+    shapes = ladder(config.train.rows, batch_size(mesh), config.train.shapes)
+    touched = 2 * (plan.held.trained + plan.held.moments) + plan.held.gradients
+    parts = step_parts(config, plan.run.subject.config, chip, len(devices), plan.needs, shapes, plan.length, tokens, touched)
+    console.print(estimate_table(parts, chip, len(devices)))
+    low, high = (sum(part.seconds[i] for part in parts) for i in (0, 1))
+    mfu = _mfu(sum(part.flops for part in parts), low, high, chip, len(devices))
+    unit, scale = ("s", 1) if high > 1 else ("ms", 1000)
+    say(console, f"a step: about {_range(_number(low * scale), _number(high * scale))} {unit}, MFU {mfu}", style="bold")
+    for line in assumptions(parts, chip, shapes[-1] * plan.length, config.prune.batch_size):
+        say(console, line)
+
+
+def say(console: Console, text: str, **options: Any) -> None:
+    """A line of prose, in one colour."""
+    console.print(text, highlight=False, **options)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
+    for name in columns:
+        table.add_column(name.removesuffix("<"), justify="left" if name.endswith("<") else "right", overflow="fold")
+    return table
 
 
 def memory_table(needs: dict[str, Any], memory: float) -> Table:
-    """GiB on each device, program by program, and what a launch of it moves."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("GiB on each device")
-    for name in ("arguments", "temporaries", "beside", "total", f"of {memory:g}", "moved a launch"):
-        table.add_column(name, justify="right")
+    """What lies on each device, program by program, and what a launch of it moves."""
+    unit, size = ("GiB", GIB) if max(need.total for need in needs.values()) > GIB / 10 else ("MiB", 2**20)
+    table = _table(f"{unit} a device<", "arguments", "temporaries", "beside", "total", f"of {memory:.4g}", "moved")
     for name, need in needs.items():
-        moved = "unreadable" if need.moved is None else f"{sum(each.bytes for each in need.moved) / GIB:.2f}"
-        numbers = [f"{x / GIB:.2f}" for x in (need.arguments, need.temporaries, need.beside, need.total)]
+        moved = "unreadable" if need.moved is None else f"{sum(each.bytes for each in need.moved) / size:.2f}"
+        numbers = [f"{x / size:.2f}" for x in (need.arguments, need.temporaries, need.beside, need.total)]
         table.add_row(name, *numbers, f"{need.total / GIB / memory:.0%}", moved)
-    for name, need in needs.items():
-        if need.moved:
-            said = ", ".join(f"{each.count} {each.kind} ({each.bytes / GIB:.2f} GiB)" for each in need.moved)
-            table.caption = f"{table.caption or ''}{name}: {said}\n"
-            table.caption_justify = "left"
+    said = {name: ", ".join(f"{m.bytes / size:.2f} by {m.count} {m.kind}" for m in need.moved) for name, need in needs.items() if need.moved}
+    table.caption, table.caption_justify = "\n".join(f"{name} moves {unit}: {text}" for name, text in said.items()), "left"
     return table
 
 
-def leaves_table(rows: Sequence[tuple[str, tuple[int, ...], str, int]]) -> Table:
+def leaves_table(rows: Sequence[tuple[str, str, int]]) -> Table:
     """Every array: its shape, the mesh axes that cut it, MiB of it on each device."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name, justify in (("array", "left"), ("shape", "right"), ("cut along", "left"), ("MiB on each device", "right")):
-        table.add_column(name, justify=justify, overflow="fold")
-    for path, shape, spec, size in rows:
-        table.add_row(path, " x ".join(map(str, shape)), spec, f"{size / 2**20:.2f}")
+    table = _table("array<", "shape<", "MiB")
+    for path, shape, size in rows:
+        table.add_row(path, shape, f"{size / 2**20:.2f}")
+    table.caption, table.caption_justify = "512/f8: cut 8 ways along fsdp; t: along tensor. MiB on each device, with all layers.", "left"
     return table
 
 
-def estimate_table(work: Any, needs: dict[str, Any], chip: Any, devices: int, slots: int) -> Table:
-    """Seconds of a step: FLOPs at REACHED of the published rate, and beside them, not hidden, what moves over the links."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name in ("estimate for a step", "tokens", "1e12 FLOP", "compute s", "links s", "MFU at most"):
-        table.add_column(name, justify="left" if name.startswith("estimate") else "right")
-    total = [0.0, 0.0, 0.0]
-    for name, tokens, flops in (("scoring", work.scored, work.score_flops), ("training", work.trained, work.train_flops)):
-        need = next((n for key, n in needs.items() if key.startswith("score" if name == "scoring" else "accumulate")), None)
-        if not tokens or need is None:
-            continue
-        compute = flops / devices / (chip.peak * 1e12 * REACHED)
-        moved = sum(each.bytes for each in need.moved or ()) * tokens / slots / (chip.links * 1e9)
-        total = [total[0] + flops, total[1] + compute, total[2] + moved]
-        table.add_row(name, f"{tokens:,.0f}", f"{flops / 1e12:,.1f}", f"{compute:.3f}", "-" if need.moved is None else f"{moved:.3f}", _mfu(flops, compute, moved, chip, devices))
-    table.add_row("both", "", f"{total[0] / 1e12:,.1f}", f"{total[1]:.3f}", f"{total[2]:.3f}", _mfu(*total, chip, devices))
-    table.caption = f"An estimate: {REACHED:.0%} of the chip's published {chip.peak:g} TFLOP/s, links {chip.links:g} GB/s, from hidden to not hidden at all."
-    table.caption_justify = "left"
+def estimate_table(parts: Sequence[Any], chip: Any, devices: int) -> Table:
+    """Seconds of a step's parts, and the MFU from all at once to one after the other."""
+    unit, scale = ("s", 1) if sum(part.seconds[1] for part in parts) > 1 else ("ms", 1000)
+    table = _table("estimate<", "tokens", "slots", "TFLOP", *(f"{what} {unit}" for what in ("compute", "memory", "links")), "MFU")
+    for part in parts:
+        links = "unknown" if part.links is None else _number(part.links * scale)
+        counts = (f"{part.tokens:,.0f}", f"{part.slots:,}", _number(part.flops / 1e12)) if part.tokens else ("", "", "")
+        table.add_row(part.name, *counts, _number(part.compute * scale), _number(part.memory * scale), links, _mfu(part.flops, *part.seconds, chip, devices))
     return table
 
 
-def _mfu(flops: float, compute: float, moved: float, chip: Any, devices: int) -> str:
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.2g}" if x >= 0.001 else "0"
+
+
+def _mfu(flops: float, low: float, high: float, chip: Any, devices: int) -> str:
     if not flops:
-        return "-"
+        return ""
     ideal = flops / devices / (chip.peak * 1e12)
-    return f"{ideal / (compute + moved):.0%}-{ideal / max(compute, moved):.0%}"
+    return _range(f"{ideal / high:.0%}", f"{ideal / low:.0%}")
+
+
+def _range(least: str, most: str) -> str:
+    return most if most == least else f"{least}-{most}"
+
+
+def assumptions(parts: Sequence[Any], chip: Any, smallest: int, batch: int) -> list[str]:
+    """What the estimate takes for granted, and where the launches are far from full."""
+    from qtjax.planning import REACHED
+
+    unknown = any(part.links is None for part in parts)
+    lines = [
+        f"An estimate: {REACHED:.0%} of the published {chip.peak:g} TFLOP/s, {chip.bandwidth:g} GB/s of memory, links of {chip.links:g} GB/s; from all at"
+        " once to one after the other." + (" What moves is not in it: this compiler does not print its programs." if unknown else "")
+    ]
+    training = next(part for part in parts if part.name == "training")
+    if training.tokens < 0.8 * training.slots:
+        wanted = -(-smallest * batch // int(training.tokens))
+        lines.append(
+            f"Training fills {training.tokens / training.slots:.0%} of its slots: a launch has at least {smallest:,}, one row for each device of data x"
+            f" fsdp. --prune.batch-size {wanted} fills one; so does a wider --mesh.tensor, which needs fewer rows."
+        )
+    return lines
 
 
 def suggestions(config: Config, mesh: Any) -> list[str]:

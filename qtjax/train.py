@@ -29,13 +29,14 @@ def main() -> None:
             "process": (-1, "which of them this is, counted from 0, with HOST:PORT"),
         },
     )
-    from qtjax.parallel import join_processes
+    from qtjax.parallel import join_processes, leaving_together
     from qtjax.training.story import run
 
     join_processes(own["coordinator"], own["processes"], own["process"])
     use_compile_cache(config)
     quiet = own["quiet"] or jax.process_index() > 0  # one process speaks for all
-    run(config, Console(quiet=quiet, stderr=True), quiet=quiet)
+    with leaving_together():
+        run(config, Console(quiet=quiet, stderr=True), quiet=quiet)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def one_device() -> Mesh:
 
 def computing(shape: ModelConfig, param_dtype: str, remat: str) -> ModelConfig:
     """The shape with how to compute it; every model of this benchmark is configured here."""
-    return shape.replace(dtype="bfloat16", param_dtype=param_dtype, remat=remat)
+    return shape.replace(dtype="bfloat16", param_dtype=param_dtype, remat=remat, attention=models.kernel_of(jax.default_backend(), "bfloat16"))
 
 
 def settings(config: ModelConfig, *, prune: PruneSection, length: int, rows: int, samples: int, sample_length: int, rank: int, rate: float = 1e-5) -> Config:

@@ -41,10 +41,11 @@ def base_name(path: str) -> str:
     return "" if path == _EMBEDDED else path
 
 
-def resolve_folder(path: str | Path) -> Path:
+def resolve_folder(path: str | Path, *, weights: bool = True) -> Path:
     """A local folder for a folder, "smol" (the embedded model) or a hub name "org/name" (downloaded into the hub cache).
 
-    A local folder wins over a hub name. Raises QtjaxError if there is neither, or if the hub cannot be reached.
+    Args: weights: False downloads config.json alone. A local folder wins over a hub name. Raises QtjaxError if there is neither, or
+    if the hub cannot be reached.
     """
     name = str(path)
     folder = Path(name).expanduser()
@@ -61,14 +62,16 @@ def resolve_folder(path: str | Path) -> Path:
             f"model path {name!r}: no such folder; give an HF folder (config.json, model.safetensors), a hub name"
             " 'organisation/name', or 'smol'"
         )
-    return _download(name)
+    return _download(name, weights)
 
 
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
+def _download(name: str, weights: bool) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     give_up_early()
     try:
+        if not weights:
+            return Path(hf_hub_download(name, "config.json")).parent
         folder = Path(snapshot_download(name, allow_patterns=[*_HUB_PATTERNS, "model*.safetensors", hf.INDEX]))
         if not (folder / hf.WEIGHTS).exists() and not (folder / hf.INDEX).exists():
             folder = Path(snapshot_download(name, allow_patterns=[*_HUB_PATTERNS, "flax_model*.msgpack*"]))

@@ -25,7 +25,7 @@ class RopeScaling:
 class ModelConfig:
     """Names are Hugging Face's; the last six fields say how to compute, not what, and are not written to config.json.
 
-    `dtype` is the compute dtype, `param_dtype` the storage dtype; `remat` none | dots | full;
+    `dtype` is the compute dtype, `param_dtype` the storage dtype; `remat` none | dots | full | offload;
     `unroll_layers` trades compile time for step time; `quantization` None | nf4 | int8 | int4 of the layers' kernels;
     `attention` xla (any mask) | blocks (CPU) | cudnn (NVIDIA) | splash (TPU): all equal but for rounding (models/attention.py).
     """

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from qtjax.models.attention import Segments, attend, before, prompted, rope_tables, rotate
@@ -164,6 +165,7 @@ class Layer(nn.Module):
         plan: Plan | None,
     ) -> tuple[Array, tuple[Cache | None, Array | None]]:
         c = self.config
+        x = checkpoint_name(x, "layer_input")
         rate = None if plan is None else partial(attention_paid, plan, rates, x)
         normed = RMSNorm(c, name="input_layernorm")(x)
         y, cache, rating = Attention(c, name="self_attn")(normed, rope, mask, cache, slot, rate)

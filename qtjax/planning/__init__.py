@@ -1,11 +1,16 @@
 """What a run would need on devices that are not here: compiled ahead of time, weighed against the chip."""
 
-from qtjax.planning.chips import CHIPS, Chip, open_topology
+from qtjax.planning.chips import Chip
 from qtjax.planning.collectives import Collective, collectives
-from qtjax.planning.need import AbstractRun, Need, abstract_run, leaves_by_path, needs_of, on_device
-from qtjax.planning.work import forward_flops, step_work
+from qtjax.planning.gpus import GPU_NAMES, SHARE_VARIABLE
+from qtjax.planning.need import AbstractRun, Held, Need, Weighed, abstract_run, held_by, leaves_by_path, need_of, on_device, weigh
+from qtjax.planning.shapes import PUBLISHED, model_shape
+from qtjax.planning.topologies import open_topology
+from qtjax.planning.tpus import TPU_NAMES
+from qtjax.planning.work import REACHED, Part, needed_flops, spent_flops, step_parts
 
 __all__ = [
-    "CHIPS", "AbstractRun", "Chip", "Collective", "Need", "abstract_run", "collectives", "forward_flops", "leaves_by_path", "needs_of", "on_device",
-    "open_topology", "step_work",
+    "AbstractRun", "Chip", "Collective", "GPU_NAMES", "Held", "Need", "PUBLISHED", "Part", "REACHED", "SHARE_VARIABLE", "TPU_NAMES", "Weighed",
+    "abstract_run", "collectives", "held_by", "leaves_by_path", "model_shape", "need_of", "needed_flops", "on_device", "open_topology",
+    "spent_flops", "step_parts", "weigh",
 ]  # fmt: skip

@@ -1,9 +1,10 @@
-"""Memory of a run's programs on each device, as their compiler reports it."""
+"""A run in shapes and shardings only, and the memory of its programs on each device, as their compiler reports it."""
 
 import contextlib
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qtjax import models
-from qtjax.checkpoints import read_config, resolve_folder
 from qtjax.config import Config
-from qtjax.parallel import param_shardings
+from qtjax.models import ModelConfig
+from qtjax.parallel import batch_size, make_mesh, param_shardings, round_up
 from qtjax.planning.collectives import Collective, collectives
+from qtjax.training.ladder import ladder
 from qtjax.training.optimizer import make_optimizer
+from qtjax.training.programs import program_jobs
 from qtjax.training.setup import check_overlay
 from qtjax.training.state import Subject, TrainState, state_shardings
 from qtjax.tree import Tree, flatten
@@ -48,10 +51,13 @@ class AbstractRun:
     optimizer: Any
 
 
-def abstract_run(config: Config, mesh: Mesh, steps: int = 1000) -> AbstractRun:
-    """What `training.setup.start` makes, without a weight. Raises QtjaxError as it does, for a mesh that does not divide the model too."""
+def abstract_run(config: Config, shape: ModelConfig, mesh: Mesh, steps: int = 1000) -> AbstractRun:
+    """What `training.setup.start` makes, without a weight.
+
+    Args: shape: of the model, as its config.json says. Raises QtjaxError as it does, for a mesh that does not divide the model too.
+    """
     m = config.model
-    shape = read_config(resolve_folder(m.path)).replace(
+    shape = shape.replace(
         dtype=m.dtype, param_dtype=m.param_dtype, remat=m.remat, unroll_layers=m.unroll_layers,
         quantization=None if m.quantization == "none" else m.quantization, attention=_kernel(mesh, m.dtype),
     )  # fmt: skip
@@ -90,33 +96,97 @@ _USED = re.compile(r"Used ([\d.]+)([KMG]) of")
 _TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMG])\) exceeds")
 
 
-def needs_of(jobs: Mapping[str, Any], mesh: Mesh, given: Mapping[str, int], beside: Mapping[str, int]) -> dict[str, Need]:
-    """Compiles each job. Args: given, beside: {job: bytes on each device that it is given, and not given}."""
-    out = {}
-    for name, job in jobs.items():
-        try:
-            with jax.set_mesh(mesh):
-                compiled = job()
-        except jax.errors.JaxRuntimeError as error:
-            text = str(error)
-            if "RESOURCE_EXHAUSTED" not in text:
-                raise
-            used, extra = _USED.search(text), _TEMPORARIES.search(text)
-            if not (used or extra):
-                raise
-            number, unit = (used or extra).groups()
-            size = int(float(number) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit])
-            out[name] = Need(0 if used else given[name], size, beside[name], None)
+def need_of(job: Callable[[], Any], mesh: Mesh, given: int, beside: int) -> Need:
+    """Compiles one job, a call under the mesh. Args: given, beside: bytes on each device that it is given, and not given."""
+    try:
+        with jax.set_mesh(mesh):
+            compiled = job()
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        used, extra = _USED.search(text), _TEMPORARIES.search(text)
+        if "RESOURCE_EXHAUSTED" not in text or not (used or extra):
+            raise
+        number, unit = (used or extra).groups()
+        size = int(float(number) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit])
+        return Need(0 if used else given, size, beside, None)
+    memory = compiled.memory_analysis()
+    extra = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
+    try:
+        with _silent():
+            moved = collectives(compiled.as_text(), mesh.size)
+    except jax.errors.JaxRuntimeError:  # some compilers cannot print what they made
+        moved = None
+    return Need(memory.argument_size_in_bytes, memory.temp_size_in_bytes + extra, beside, moved)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes on each device that a run keeps: weights that are trained, their moments, their gradients, weights that are not."""
+
+    trained: int
+    moments: int
+    gradients: int
+    frozen: int
+
+    @property
+    def total(self) -> int:
+        return self.trained + self.moments + self.gradients + self.frozen
+
+
+def held_by(run: AbstractRun) -> Held:
+    """Counted from shapes and shardings; nothing is compiled."""
+    gradients = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32", sharding=x.sharding), run.state.trainable)
+    trees = (run.state.trainable, (run.state.optimizer, run.state.method), gradients, run.frozen)
+    return Held(*map(on_device, trees))
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """A run on a mesh of devices that are not here. rows: of its largest launch; length: of a row; needs: of "scoring" (where samples
+    are scored), "training" (gradients of one launch) and "update"."""
+
+    mesh: Mesh
+    run: AbstractRun
+    held: Held
+    rows: int
+    length: int
+    needs: dict[str, Need]
+
+    @property
+    def worst(self) -> int:
+        """Bytes on each device while the largest program runs."""
+        return max(need.total for need in self.needs.values())
+
+
+def weigh(config: Config, shape: ModelConfig, devices: Sequence[Any], enough: float = math.inf) -> Weighed:
+    """Compiles the run's programs, the largest launch of each, one after the other.
+
+    Args: shape: the model's; enough: bytes of a device; of programs that follow one which needs more, none is compiled.
+    """
+    mesh = make_mesh(config.mesh, list(devices))
+    run = abstract_run(config, shape, mesh)
+    held = held_by(run)
+    ways = batch_size(mesh)
+    rows = ladder(config.train.rows, ways, 1)[0]
+    length = config.train.row_length or config.data.max_length
+    jobs = program_jobs(
+        run.subject, mesh, config.prune, config.train.loss, run.optimizer, run.state, run.frozen, shapes=(rows,), row_length=length,
+        samples=round_up(config.prune.batch_size, ways), max_length=config.data.max_length,
+    )  # fmt: skip
+    weights, needs = held.trained + held.frozen, {}
+    for name, job, given in (
+        ("training", f"accumulate {rows}", weights + held.gradients),  # the largest first
+        ("scoring", f"score {rows}", weights),
+        ("update", "update", held.trained + held.moments + held.gradients),
+    ):
+        if job not in jobs:
             continue
-        memory = compiled.memory_analysis()
-        extra = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
-        try:
-            with _silent():
-                moved = collectives(compiled.as_text())
-        except jax.errors.JaxRuntimeError:  # some compilers cannot print what they made
-            moved = None
-        out[name] = Need(memory.argument_size_in_bytes, memory.temp_size_in_bytes + extra, beside[name], moved)
-    return out
+        beside = held.frozen if name == "update" else held.moments
+        needs[name] = need_of(jobs[job], mesh, given, beside)
+        if needs[name].total > enough:
+            break
+    order = ("scoring", "training", "update")
+    return Weighed(mesh, run, held, rows, length, {name: needs[name] for name in order if name in needs})
 
 
 @contextlib.contextmanager
@@ -132,10 +202,12 @@ def _silent() -> Iterator[None]:
         os.close(nowhere)
 
 
-def leaves_by_path(tree: Tree) -> list[tuple[str, tuple[int, ...], str, int]]:
-    """(path, shape, partition, bytes on each device) of every leaf."""
-    rows = []
-    for path, leaf in flatten(tree).items():
-        for array in jax.tree.leaves(leaf):
-            rows.append((path, tuple(array.shape), str(tuple(array.sharding.spec)), on_device(array)))
-    return rows
+def leaves_by_path(tree: Tree) -> list[tuple[str, str, int]]:
+    """(path, shape and what cuts it, "2048/t2 x 512/f8" along tensor and fsdp, bytes on each device) of every leaf."""
+    return [(path, _cuts(array), on_device(array)) for path, leaf in flatten(tree).items() for array in jax.tree.leaves(leaf)]
+
+
+def _cuts(array: jax.ShapeDtypeStruct) -> str:
+    axes = (*array.sharding.spec, *[None] * (array.ndim - len(array.sharding.spec)))
+    ways = [array.sharding.mesh.shape[axis] if axis else 1 for axis in axes]
+    return " x ".join(f"{size}/{axis[0]}{cut}" if cut > 1 else str(size) for size, axis, cut in zip(array.shape, axes, ways)) or "one number"

@@ -1,37 +1,118 @@
-"""Floating-point operations of a step, counted from the model's shape."""
+"""Floating-point operations of a step, counted from the model's shape, and the seconds that a chip's published rates make of them."""
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from qtjax.config import Config
+from qtjax.config import Config, PruneSection
 from qtjax.models import ModelConfig
+from qtjax.planning.chips import Chip
+from qtjax.planning.need import Need
+from qtjax.training.ladder import cut
+from qtjax.training.pruners import pruners
+
+# Of a chip's published matrix rate, what well-tuned dense transformers reach on it; an assumption of the estimate.
+REACHED = 0.6
 
 
-class StepWork(NamedTuple):
-    """Of one optimizer step: slots scored and trained on, and the FLOPs of each (recomputation under remat not counted)."""
+class Matrices(NamedTuple):
+    """Weights that a token is multiplied by: in the layers, and in the head."""
 
-    scored: float
-    trained: float
-    score_flops: float
-    train_flops: float
+    layers: int
+    head: int
 
 
-def forward_flops(config: ModelConfig, tokens: float, length: int) -> float:
-    """Two for every weight that a token meets, and attention over `length` slots without the saving of the causal mask.
-
-    As in PaLM, arXiv 2204.02311, appendix B.
-    """
+def matrices(config: ModelConfig) -> Matrices:
+    """The embedding is looked up, not multiplied by; norms and biases are left out."""
     d, heads, kv = config.hidden_size, config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     layer = d * (2 * heads + 2 * kv) + 3 * d * config.intermediate_size
-    attention = 2 * length * heads
-    return 2 * tokens * (config.num_hidden_layers * (layer + attention) + d * config.vocab_size)
+    return Matrices(config.num_hidden_layers * layer, d * config.vocab_size)
 
 
-def step_work(config: Config, model: ModelConfig, tokens_per_sample: float, length: int, passes: bool, prunes: bool) -> StepWork:
-    """Args: tokens_per_sample: mean; length: of a row; passes: whether samples are scored; prunes: whether some are dropped.
+def attention_flops(config: ModelConfig, keys: float) -> float:
+    """Of one token that sees so many keys, in all layers, forward: queries times keys, weights times values."""
+    return 4 * keys * config.num_attention_heads * config.head_dim * config.num_hidden_layers
 
-    Full fine-tuning costs three forwards for a trained token, an overlay over frozen weights two.
+
+def keys_seen(length: int, window: int | None) -> float:
+    """Mean number of keys that a causal query of a row of `length` sees, itself among them."""
+    window = min(window or length, length)
+    return window - window * (window - 1) / (2 * length)
+
+
+def needed_flops(config: ModelConfig, tokens: float, length: int, *, trains: bool, frozen: bool = False) -> float:
+    """What `tokens` need and no program can leave out: 2 N forward, 6 N with full training and 4 N with a frozen base, N the weights
+    that a token meets, and causal attention: forward, and twice that backward.
+
+    As in PaLM, arXiv 2204.02311, appendix B, but for the half of the attention that the causal mask takes away.
     """
-    scored = config.prune.batch_size * tokens_per_sample if passes else 0.0
-    trained = config.prune.batch_size * tokens_per_sample * (config.prune.sample_keep if prunes else 1.0)
-    times = 3 if config.overlay.method == "none" else 2
-    return StepWork(scored, trained, forward_flops(model, scored, length), times * forward_flops(model, trained, length))
+    weights = sum(matrices(config))
+    times = (2 if frozen else 3) if trains else 1
+    return tokens * (2 * times * weights + (3 if trains else 1) * attention_flops(config, keys_seen(length, config.sliding_window)))
+
+
+def spent_flops(config: ModelConfig, slots: float, length: int, *, trains: bool, frozen: bool = False) -> float:
+    """What the programs compute over `slots`, padding among them: attention over whole rows, and under remat layers a second time."""
+    layers, head = matrices(config)
+    times = (2 if frozen else 3) if trains else 1
+    again = trains and config.remat != "none"
+    weights = times * (layers + head) + (layers if again and config.remat == "full" else 0)
+    return slots * (2 * weights + ((3 if trains else 1) + again) * attention_flops(config, length))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of an optimizer step. tokens: real ones; slots: launched for them; flops: needed by the tokens; compute, memory, links:
+    seconds that matrix units, memory and links are busy, links None where the compiler would not say what moves."""
+
+    name: str
+    tokens: float
+    slots: int
+    flops: float
+    compute: float
+    memory: float
+    links: float | None
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """From all at once to one after the other."""
+        return max(self.compute, self.memory, self.links or 0), self.compute + self.memory + (self.links or 0)
+
+
+def kept_samples(prune: PruneSection) -> float:
+    """Fraction (0-1] of a scoring batch that is trained on; InfoBatch drops its fraction of those below the mean, about half."""
+    if prune.sample_pruner == "infobatch":
+        return 1 - prune.infobatch_fraction / 2
+    return 1.0 if prune.sample_pruner == "none" else prune.sample_keep
+
+
+def step_parts(
+    config: Config, model: ModelConfig, chip: Chip, devices: int, needs: Mapping[str, Need], ladder: tuple[int, ...], length: int,
+    tokens_per_sample: float, touched: int,
+) -> list[Part]:  # fmt: skip
+    """Scoring, training and update of a step, in perfectly packed rows.
+
+    Args: needs: by these names; ladder: rows of a launch, largest first; length: of a row; tokens_per_sample: mean; touched: bytes
+    that the update reads and writes on each device.
+    """
+    needed, kept = pruners(config.prune), kept_samples(config.prune)
+    frozen, parts = config.overlay.method != "none", []
+    samples = {"scoring": (kept if needed.early else 1) / config.prune.score_every if needed.passes else 0, "training": kept}
+    for name, share in samples.items():
+        tokens, trains = config.prune.batch_size * share * tokens_per_sample, name == "training"
+        if not tokens:
+            continue
+        launches = cut(math.ceil(tokens / length), ladder)
+        slots = sum(launches) * length
+        flops = needed_flops(model, tokens, min(length, math.ceil(tokens_per_sample)), trains=trains, frozen=frozen)
+        compute = spent_flops(model, slots, length, trains=trains, frozen=frozen) / devices / (chip.peak * 1e12 * REACHED)
+        parts.append(Part(name, tokens, slots, flops, compute, 0.0, _links(needs.get(name), len(launches), chip)))
+    parts.append(Part("update", 0, 0, 0.0, 0.0, touched / (chip.bandwidth * 1e9), _links(needs.get("update"), 1, chip)))
+    return parts
+
+
+def _links(need: Need | None, launches: int, chip: Chip) -> float | None:
+    if need is None or need.moved is None:
+        return None
+    return launches * sum(each.bytes for each in need.moved) / (chip.links * 1e9)

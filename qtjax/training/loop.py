@@ -267,7 +267,7 @@ class Loop:
     def pending(self) -> dict[str, Any] | None:
         """What a checkpoint needs beside the state: with prune.score_lag 1 the next batch's signals, float32 [B, T], whose
         weights are gone (without the padding to the number of devices, so that any mesh can read them); InfoBatch's memory; the
-        scores that prune.score_every keeps.
+        scores that prune.score_every keeps. All of it numpy, the same on every process: it never lies on a device.
         """
         out: dict[str, Any] = {}
         if self.following is not None and self.following.scored.decision is not None:
@@ -277,19 +277,17 @@ class Loop:
         if self.epochs is not None:
             out["epochs"] = self.epochs.tree()
         out |= self._kept_scores()
-        out = jax.tree.map(np.array, out)  # a copy: what is kept goes on changing while it is written
-        return jax.device_put(out, replicated(self.mesh)) if out else None
+        return jax.tree.map(np.array, out) or None  # a copy: what is kept goes on changing while it is written
 
     def pending_shape(self, step: int, last: int) -> dict[str, Any] | None:
-        """What `pending` holds after `step` of `last` steps."""
+        """Arrays of the shapes and types of what `pending` holds after `step` of `last` steps."""
         out: dict[str, Any] = {}
         if self.lag and self.warmup <= step < last:
             out |= dict.fromkeys(self.pruners.signals, np.zeros((self.plan.batch_size, self.config.data.max_length), np.float32))
         if self.epochs is not None:
             out["epochs"] = self.epochs.tree()
         out |= self._kept_scores()
-        described = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(self.mesh))  # noqa: E731
-        return jax.tree.map(described, out) or None
+        return out or None
 
     def _kept_scores(self) -> dict[str, Any]:
         kept = {} if self.store is None else self.store.tree()

@@ -116,9 +116,9 @@ def program_jobs(
         batch = batch_shape(mesh, samples, max_length, needs)
         step_key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere)
         if needs.early and needs.passes:
-            job("choose", partial(choose_early, prune), batch, step_key, out_shardings=everywhere)
+            job("choose", partial(choose_early, prune, mesh=mesh), batch, step_key, out_shardings=everywhere)
         out = Decision(*[everywhere] * len(Decision._fields))._replace(tokens=by_row)
-        job("decide", partial(decide, prune), dict(zip(needs.signals, signals)), batch, step_key, out_shardings=out)
+        job("decide", partial(decide, prune, mesh=mesh), dict(zip(needs.signals, signals)), batch, step_key, out_shardings=out)
 
     def zeros() -> tuple[Tree, jax.Array]:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable), jnp.float32(0)

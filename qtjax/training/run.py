@@ -22,11 +22,11 @@ from qtjax.checkpoints.run_state import RunState
 from qtjax.config import Config
 from qtjax.data.dataset import TokenizedDataset
 from qtjax.data.iterate import BatchPlan
-from qtjax.data.prepare import training_data
+from qtjax.data.prepare import keep_training_data
 from qtjax.data.tokenizer import check_vocabulary, load_tokenizer
 from qtjax.errors import QtjaxError
 from qtjax.models import ModelConfig, check_task_ids
-from qtjax.parallel import agree_max, batch_size, make_mesh, round_up
+from qtjax.parallel import agree_max, batch_size, first_alone, make_mesh, round_up
 from qtjax.report.progress import TrainingProgress
 from qtjax.training.ladder import ladder
 from qtjax.training.loop import Loop
@@ -82,12 +82,12 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
         if used:
             check_other_model(config, field, tokenizer)
     shape = read_config(resolve_folder(config.model.path))
-    _check_fit(config, shape)
-    dataset = training_data(config.data, tokenizer)
+    check_fit(config, shape)
+    dataset = _training_data(config, folder, tokenizer)
     check_tasks(config, shape, dataset)
     console.print(f"data    {dataset.stats.line()}", highlight=False, soft_wrap=True)
     check_vocabulary(tokenizer, shape.vocab_size, dataset.input_ids)
-    held_out = _held_out(config, shape, tokenizer)
+    held_out = _held_out(config, folder, shape, tokenizer)
     row_length = config.train.row_length or config.data.max_length
     plan = BatchPlan(
         len(dataset), config.prune.batch_size, config.train.seed, jax.process_index(), jax.process_count()
@@ -125,15 +125,21 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     return Session(config, mesh, tokenizer, dataset, model, held_out, loop, checkpoints, step, steps, seconds)
 
 
-def _held_out(config: Config, shape: ModelConfig, tokenizer: Any) -> evals.HeldOut | None:
+def _training_data(config: Config, folder: RunFolder, tokenizer: Any) -> TokenizedDataset:
+    """Made by the first process, or by an earlier start of the run; all read the same files."""
+    kept = first_alone("prepare the data", lambda: keep_training_data(config.data, tokenizer, folder.tokens).name)
+    return TokenizedDataset.load(folder.tokens / kept)
+
+
+def _held_out(config: Config, folder: RunFolder, shape: ModelConfig, tokenizer: Any) -> evals.HeldOut | None:
     """Held-out data, read before the model so that a mistake in it costs nothing."""
     if not config.data.eval_path and not config.data.eval_fraction:
         return None
     tasks = ("loss", "exact_match") if config.eval.generate_samples else ("loss",)
-    return evals.load_held_out(config, shape, tokenizer, tasks)
+    return evals.load_held_out(config, shape, tokenizer, tasks, scratch=folder.tokens)
 
 
-def _check_fit(config: Config, shape: ModelConfig) -> None:
+def check_fit(config: Config, shape: ModelConfig) -> None:
     """Raises QtjaxError for what would train and be wrong in silence."""
     if config.data.max_length > shape.max_position_embeddings:
         raise QtjaxError(
@@ -202,7 +208,7 @@ def _resume(
     loop.resume(found.step, last, found.pending)
     folder.cut_back(found.step)
     checkpoints.forget(found.skipped)
-    console.print(f"resume  from step {found.step}", highlight=False)
+    console.print(f"resume  from step {found.step}{''.join(f'; {said}' for said in folder.moved)}", highlight=False, soft_wrap=True)
     return found.step
 
 
@@ -261,4 +267,4 @@ def _stop_requested() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-__all__ = ["Interrupted", "Session", "check_data", "open_session", "total_steps", "train_steps"]
+__all__ = ["Interrupted", "Session", "check_data", "check_fit", "open_session", "total_steps", "train_steps"]

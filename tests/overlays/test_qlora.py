@@ -17,7 +17,7 @@ from qtjax.config import Config, override
 from qtjax.errors import QtjaxError
 from qtjax.models import Quantized, quantize
 from qtjax.overlays import abstract_overlay, init_overlay, merge
-from qtjax.training.run import _check_fit
+from qtjax.training.run import check_fit
 from qtjax.tree import flatten, unflatten
 
 pytestmark = pytest.mark.slow
@@ -238,7 +238,7 @@ def test_impossible_quantisation_is_refused():
     with pytest.raises(QtjaxError, match="quantization = 'nf5'.*nf4"):
         load_pretrained("smol", quantization="nf5")
     with pytest.raises(QtjaxError, match="model.quantization = 'int8'.*overlay"):
-        _check_fit(override(Config(), {"model.quantization": "int8"}), TINY.replace(max_position_embeddings=4096))
+        check_fit(override(Config(), {"model.quantization": "int8"}), TINY.replace(max_position_embeddings=4096))
 
 
 def gradient_memory(kind, count):
