@@ -3,13 +3,9 @@
 Weights are shapes only, so that nothing is read, drawn or run. Used by benchmarks.guard and benchmarks.scaling.
 """
 
-import json
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from jax.sharding import Mesh
 
 from qtjax.config import Config, override, validate
@@ -33,10 +29,8 @@ def compilable(shape: ModelConfig, settings: Mapping[str, Any], mesh: Mesh) -> C
     Args: settings: {"train.rows": 8, "overlay.method": "lora", ...}, as a config's flags; the rest are the config's defaults.
     Raises QtjaxError as a run would, for a setting that is none or a mesh that does not divide the model.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), shape)
-        config = validate(override(Config(), {"model.path": folder} | dict(settings)))
-        run = abstract_run(config, mesh)
+    config = validate(override(Config(), dict(settings)))
+    run = abstract_run(config, shape, mesh)
     jobs = program_jobs(
         run.subject, mesh, config.prune, config.train.loss, run.optimizer, run.state, run.frozen,
         shapes=ladder(config.train.rows, batch_size(mesh), config.train.shapes), row_length=config.train.row_length or config.data.max_length,
@@ -45,21 +39,16 @@ def compilable(shape: ModelConfig, settings: Mapping[str, Any], mesh: Mesh) -> C
     return Compilable(run, jobs)
 
 
-def write_model(folder: Path, shape: ModelConfig) -> None:
-    """The model's config.json, which is all that a run without weights reads."""
-    (folder / "config.json").write_text(json.dumps(shape.to_hf()) + "\n")
-
-
 def figures(program: Any, mesh: Mesh) -> dict[str, int]:
     """What the compiler says of a compiled program, of each device.
 
     flops: of one launch, where the body of a loop counts ONCE, however often it turns: one layer of a scanned stack, one chunk of
     the fused head. arguments, outputs, temporaries: bytes; donated: bytes of outputs that take an argument's place. moved: bytes
-    that collectives carry in a launch, here with every turn of a loop whose number is known.
+    that a device receives by collectives in a launch, here with every turn of a loop whose number is known.
     """
     memory = program.memory_analysis()
     found = {
         "flops": int(program.cost_analysis().get("flops", 0)), "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes, "donated": memory.alias_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
     }  # fmt: skip
-    return found | ({"moved": sum(each.bytes for each in collectives(program.as_text()))} if mesh.size > 1 else {})
+    return found | ({"moved": sum(each.bytes for each in collectives(program.as_text(), mesh.size))} if mesh.size > 1 else {})

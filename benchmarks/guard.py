@@ -167,12 +167,16 @@ def tables(committed: Measured, now: Measured, title: str) -> list[Table]:
             for name in names:
                 unit = units.get(name, ("", 1))[1]
                 ours, theirs = (values.get(name) for values in (now[program], committed.get(program, {})))
-                both = [] if ours is None else [f"{ours / unit:,.0f}"] + ([f"({theirs / unit:,.0f})"] if theirs not in (None, ours) else [])
+                both = [] if ours is None else [_short(ours, unit)] + ([f"({_short(theirs, unit)})"] if theirs not in (None, ours) else [])
                 cells.append("\n".join(both))
             drawn.add_row(program, *cells)
         if drawn.row_count:
             out.append(drawn)
     return out
+
+
+def _short(value: int, unit: float) -> str:
+    return f"{value / unit:,.{int(0 < value < 10 * unit and unit > 1)}f}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

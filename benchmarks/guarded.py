@@ -101,7 +101,6 @@ def run_loop(case: LoopCase) -> Measured:
     import jax
     from rich.console import Console
 
-    from benchmarks.compiled import write_model
     from qtjax.config import Config, override, validate
     from qtjax.models import ModelConfig
     from qtjax.smol import model_folder
@@ -113,7 +112,8 @@ def run_loop(case: LoopCase) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         model.mkdir()
-        write_model(model, ModelConfig(**SHAPES["small"] | {"vocab_size": 2048}))
+        shape = ModelConfig(**SHAPES["small"] | {"vocab_size": 2048})
+        (model / "config.json").write_text(json.dumps(shape.to_hf()))
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (model / name).write_bytes((Path(model_folder()) / name).read_bytes())
         mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2} if case.devices == 8 else {}
