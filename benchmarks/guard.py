@@ -9,14 +9,15 @@ collectives carry, and how many programs a run compiles. Run: a Loop of a few st
 nothing. mask and drop do not differ in what is compiled (dropping is the host's packing), so programs are measured once for both.
 
 None of these numbers depends on what else the machine does. They did not change either with the number of cores, the vector
-instructions (AVX2, AVX-512) or LLVM's optimisation level, which is therefore 0 here, to be quick. They depend on XLA's
-own passes, and a little on flax and optax: values are kept by jaxlib version and architecture. Of a known version they must agree within 2 %, not exactly, so that an
-edit which moves a few bytes, such as a scalar more, is no alarm; what improves by more must be committed (--update), or the next
-step back would pass. Of an unknown version they stand beside the nearest known one's, and only 1.5 times worse fails.
+instructions (SSE to AVX-512) or LLVM's optimisation level, which is therefore 0 here, to be quick. They depend on XLA's own passes,
+and a little on flax and optax: values are kept by jaxlib version and architecture. Of a known version they must agree within 2 %, not
+exactly, so that an edit which moves a few bytes, such as a scalar more, is no alarm; what improves by more must be committed
+(--update), or the next step back would pass. Of an unknown version they stand beside the nearest known one's, and only 1.5 times
+worse fails.
 
 FLOPs: the compiler counts a loop's body once. The layers are scanned and the head walks chunks, so they are those of one layer and one
-chunk: a layer that does more is seen, another number of layers or chunks is not, and another chunk size looks like more
-work. Temporaries, arguments and outputs are those of the whole.
+chunk (and of one block where attention loops over blocks): a layer that does more is seen, another number of layers or chunks is
+not, and a larger chunk looks like more work. Temporaries, arguments and outputs are those of the whole.
 """
 
 import json

@@ -70,7 +70,8 @@ def sizes_of(panel: str, own: dict[str, Any]) -> list[dict[str, Any]]:
         for length in lengths:
             if length % lengths[0] or tokens % length or tokens < 2 * lengths[0]:
                 raise QtjaxError(
-                    f"--lengths {own['lengths']} --tokens {tokens}: {length} must be a multiple of the shortest and divide --tokens, which holds two of the shortest"
+                    f"--lengths {own['lengths']} --tokens {tokens}: {length} must be a multiple of the shortest and divide --tokens,"
+                    " which holds two of the shortest"
                 )
         return [dict(size=n, rows=tokens // n, length=n, sample=lengths[0], shape=base) for n in lengths]
     if panel == "batch":
@@ -223,7 +224,8 @@ def exponent(rows: Sequence[dict[str, Any]], part: str, name: str) -> float:
 
 
 def model_table(panel: str, rows: Sequence[dict[str, Any]], title: str) -> Table:
-    drawn = _table(title, panel, ["rows x length", *(f"{n}:\n{c}" for n in ("train", "score") for c in ("CPU s", "wall s", "x first", "temp MiB", "peak MiB"))])
+    columns = ("CPU s", "wall s", "x first", "temp MiB", "peak MiB")
+    drawn = _table(title, panel, ["rows x length", *(f"{name}:\n{column}" for name in ("train", "score") for column in columns)])
     for row in rows:
         cells = [f"{row['rows']} x {row['length']:,}"]
         for name in ("train", "score"):
@@ -234,7 +236,9 @@ def model_table(panel: str, rows: Sequence[dict[str, Any]], title: str) -> Table
 
 
 def data_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    drawn = _table(title, "data", ["file MB", "tokens", *(f"{n}:\n{c}" for n in ("tokenize", "epoch") for c in ("CPU s", "wall s", "own MiB", "peak MiB")), "start:\nown MiB"])
+    columns = ("CPU s", "wall s", "own MiB", "peak MiB")
+    names = [f"{name}:\n{column}" for name in ("tokenize", "epoch") for column in columns]
+    drawn = _table(title, "data", ["file MB", "tokens", *names, "start:\nown MiB"])
     for row in rows:
         cells = [f"{row['bytes'] / 1e6:,.1f}", f"{row['tokens']:,}"]
         for part in ("tokenized", "epoch"):

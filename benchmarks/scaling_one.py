@@ -95,17 +95,17 @@ class Steps:
 
 def check(steps: Steps, vocab: int, length: int, sample: int) -> dict[str, float]:
     """Loss and gradient norm on samples that all sizes share. Raises QtjaxError where packed rows, the fused head and the programs do
-    not find the loss of plain logits, a sample a row."""
+    not find the loss of plain attention and plain logits, a sample a row."""
     given = packed(vocab, steps.rows, length, sample, CHECKED)
     rows = rows_on_device(steps.mesh, given)
     ids = jnp.asarray(given["input_ids"].reshape(-1)[: CHECKED * sample].reshape(CHECKED, sample))
-    logits = models.apply(steps.run.subject.config, steps.state.trainable, ids)
+    logits = models.apply(steps.run.subject.config.replace(attention="xla"), steps.state.trainable, ids)
     logp = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], axis=2)
     plain = -float(logp.sum())
     scored, trained = steps.score(rows), steps.train(rows)
     for name, found in (("score", scored["nll"]), ("accumulate", trained["loss"])):
         if not abs(found - plain) <= AGREE * abs(plain):
-            raise QtjaxError(f"{name}: the loss of {CHECKED} samples is {found:.6g}, by plain logits {plain:.6g}: the programs are wrong, no time counts")
+            raise QtjaxError(f"{name}: the loss of {CHECKED} samples is {found:.6g}, by plain logits {plain:.6g}: something is wrong, no time counts")
     return {"loss": plain / (CHECKED * (sample - 1)), "grad_norm": trained["grad_norm"]}
 
 

@@ -47,7 +47,8 @@ def test_the_arithmetic_of_the_table():
     assert scaling.growth("data", data).endswith("from 1,000 to 11,000 rows: +4 bytes for a row more")
     text = shown(scaling.data_table(data, "title"))
     assert "11,000" in text and "440,000" in text and "2,048" in text
-    assert "unknown on this system" in scaling.growth("data", [data_row(1, None), data_row(2, None)]) and "-" in shown(scaling.data_table([data_row(1, None)], ""))
+    untold = [data_row(1, None), data_row(2, None)]
+    assert "unknown on this system" in scaling.growth("data", untold) and "-" in shown(scaling.data_table(untold, ""))
     wide = [row(10_000, 100.123, 2**36), row(60_000_000, 10_000.123, 2**36)]
     for table in (scaling.model_table("model", wide, ""), scaling.data_table([data_row(1_000_000, 2**36)], "")):
         assert "…" not in shown(table)  # fits 140 columns
