@@ -101,7 +101,9 @@ class PruneSection:
     infobatch_fraction: float = knob(0.5, "infobatch: fraction (0-1) of the samples below the mean loss that an epoch drops", rule="[0,1)")
     infobatch_anneal: float = knob(0.125, "infobatch: last fraction (0-1) of the epochs that train on all samples", rule="[0,1]")
     score_every: int = knob(1, "epochs from one scoring pass over a sample to the next; its last scores serve in between", rule=">0")
-    score_dtype: str = knob("", "compute dtype of the scoring pass; empty: model.dtype", choices=("", *DTYPES))
+    score_dtype: str = knob(
+        "", "compute dtype of the scoring pass; empty: model.dtype; int8: the layers' products in eight bits", choices=("", *DTYPES, "int8")
+    )
     score_model: str = knob("", "HF folder or hub name of a model that scores the data once, before training; empty: the model in training")
     score_lag: int = knob(0, "optimizer steps by which the scoring weights are old: 0 exact, 1 lets scoring overlap training", rule="0 or 1")
 

@@ -51,7 +51,8 @@ class Growing:
         self._parts.append(part)
         if self.tokens > IN_MEMORY:
             with disk_errors(self._scratch or tempfile.gettempdir()):
-                self._temporary = tempfile.TemporaryDirectory(dir=self._scratch, prefix=".tokens-", suffix=".tmp")
+                # A network disk keeps a mapped file under another name until it is let go; the folder is cleared away later.
+                self._temporary = tempfile.TemporaryDirectory(dir=self._scratch, prefix=".tokens-", suffix=".tmp", ignore_cleanup_errors=True)
             self._open(Path(self._temporary.name))
             while self._parts:
                 self._write(self._parts.pop(0))

@@ -7,6 +7,7 @@ from qtjax.models.attention import kernel_of
 from qtjax.models.config import ModelConfig, RopeScaling
 from qtjax.models.edits import AttentionEdit, EmbeddingEdit, Edits, LinearEdit, NormEdit, combine_trees
 from qtjax.models.generate import generate
+from qtjax.models.int8 import int8_layers
 from qtjax.models.ratings import RATERS
 from qtjax.models.virtual import check_task_ids
 from qtjax.models.quantized import KINDS, Quantized, is_quantized_path, quantize
@@ -29,6 +30,7 @@ __all__ = [
     "generate",
     "hidden_states",
     "init_params",
+    "int8_layers",
     "is_quantized_path",
     "kernel_of",
     "logical_axes",

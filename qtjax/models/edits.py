@@ -327,6 +327,8 @@ def as_array(leaf: Any, dtype: Any) -> Array:
 
 def product(x: Array, kernel: Any, delta: Callable[[], Array] | None = None) -> Array:
     """x (W + delta). What is formed for it (a dequantised W, the sum) is formed again in the backward pass, not kept."""
+    if delta is None and hasattr(kernel, "times"):
+        return kernel.times(x)
     if delta is None and not hasattr(kernel, "dequantize"):
         return _matmul(x, kernel.astype(x.dtype))
     return _formed(x, kernel, delta)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from qtjax import models
 from qtjax.config import PruneSection
 from qtjax.parallel import batch_sharding, replicated
 from qtjax.training.pruners import Pruners, pruners
@@ -40,8 +41,9 @@ def batch_shape(mesh: Mesh, samples: int, length: int, needs: Pruners) -> dict[s
     return out | {name: jax.ShapeDtypeStruct((samples,), kind, sharding=by_row) for name, kind in flat.items()}
 
 
-def _score(subject: Subject, mesh: Mesh, rater: str, trainable: Tree, frozen: Tree, rows: dict[str, jax.Array]):
+def _score(subject: Subject, mesh: Mesh, rater: str, int8: bool, trainable: Tree, frozen: Tree, rows: dict[str, jax.Array]):
     params, overlay = subject.join(trainable, frozen)
+    params = models.int8_layers(params) if int8 else params
     given = (subject.config, params, overlay, rows | {"loss_mask": rows["weights"] > 0})
     if rater:
         return rated_rows(*given, rater, mesh, rows["task_ids"])
@@ -82,7 +84,7 @@ def program_jobs(
     jobs: dict[str, Callable[[], Any]] = {}
     needs = pruners(prune)
     scoring = subject
-    if prune.score_dtype:
+    if prune.score_dtype not in ("", "int8"):
         scoring = replace(subject, config=replace(subject.config, dtype=prune.score_dtype))
 
     def job(name: str, function: Callable, *arguments: Shapes, **options: Any) -> None:
@@ -96,7 +98,7 @@ def program_jobs(
     for rows in shapes:
         packed = rows_shape(mesh, rows, row_length)
         if needs.passes:
-            scored = partial(_score, scoring, mesh, needs.token.rater)
+            scored = partial(_score, scoring, mesh, needs.token.rater, prune.score_dtype == "int8")
             job(f"score {rows}", scored, trainable, frozen, packed, out_shardings=by_row)
         job(
             f"accumulate {rows}", partial(_accumulate, subject, mesh, loss), trainable, frozen, gradients, scalar, packed, key,

@@ -110,7 +110,8 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     compiled = time.perf_counter()
     console.print(
         f"model   {config.model.path}: {model.config.num_hidden_layers} layers, width {model.config.hidden_size};"
-        f" rows {' or '.join(map(str, shapes))} x {row_length}; {programs.count} programs compiled in {compiled - loaded:.0f} s",
+        f" rows {' or '.join(map(str, shapes))} x {row_length}; {programs.count} programs compiled in {compiled - loaded:.0f} s;"
+        f" attention: {model.config.attention}",
         highlight=False, soft_wrap=True,
     )
     loop = Loop(
@@ -157,6 +158,11 @@ def check_fit(config: Config, shape: ModelConfig) -> None:
         raise QtjaxError(
             f"model.quantization = {config.model.quantization!r}: full-parameter training cannot update quantised kernels; set it"
             " to none, or train an overlay (overlay.method lora or qlora)"
+        )
+    if config.prune.score_dtype == "int8" and config.model.quantization != "none":
+        raise QtjaxError(
+            f"prune.score_dtype = 'int8': the kernels are packed as {config.model.quantization} already; leave it out, or set"
+            " model.quantization to none"
         )
     if config.overlay.method == "none" and config.model.param_dtype != "float32":
         raise QtjaxError(

@@ -10,6 +10,7 @@ import pytest
 from qtjax.models import ModelConfig, hidden_states, init_params
 from qtjax.models.attention import Segments, attend, kernel_of, visible
 from qtjax.models.blocks import blockwise, first_slots
+from qtjax.models.edits import product
 from qtjax.models.splash import splash
 
 # (B, L, H, K, C, window): whole blocks, a block that is not full, one short row, heads that share keys, windows of all sizes
@@ -117,10 +118,22 @@ def test_hidden_states_do_not_depend_on_the_kernel(window):
         return jnp.sum(jnp.cos(hidden_states(config, params, ids, segment_ids=segment)))
 
     value, slope = jax.value_and_grad(partial(loss, config))(params)
-    for other in (config.replace(attention="blocks"), config.replace(attention="blocks", remat="dots"), config.replace(attention="blocks", remat="full")):
+    for other in (config.replace(attention="blocks"), config.replace(attention="blocks", remat="dots"), config.replace(attention="blocks", remat="full"), config.replace(remat="offload")):
         mine, own = jax.value_and_grad(partial(loss, other))(params)
         np.testing.assert_allclose(mine, value, rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), own, slope)
+
+
+def test_half_precision_products_are_rounded_float32_sums():
+    """In 16 bits a product and its two slopes are float32 sums rounded once: numpy's, within half a unit of the last of 8 bits."""
+    rng = np.random.default_rng(3)
+    x, w, dy = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((2, 6, 40), (40, 24), (2, 6, 24)))
+    y, pull = jax.vjp(lambda x, w: product(x, w), x, w)
+    x64, w64, dy64 = (np.asarray(a, np.float64) for a in (x, w, dy))
+    expected = (x64 @ w64, dy64 @ w64.T, np.einsum("blm,bln->mn", x64, dy64))
+    for mine, exact in zip((y, *pull(dy)), expected):
+        assert mine.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(mine, np.float64), exact, rtol=2**-8, atol=2**-8)
 
 
 def test_segments_are_what_the_kernel_gets():

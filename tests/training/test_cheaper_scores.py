@@ -129,6 +129,17 @@ def test_the_scoring_pass_has_its_own_dtype(opened):
     assert {leaf.dtype for leaf in jax.tree.leaves(coarse.loop.state.trainable)} == {np.dtype("float32")}
 
 
+def test_the_scoring_pass_can_use_eight_bits(opened):
+    """int8 scores are near the exact ones and not them, and nothing that is trained changes its dtype; a packed base is refused."""
+    exact, coarse = opened(), opened(**{"prune.score_dtype": "int8", "run.folder": str(opened.root / "int8")})
+    (_, expected), (_, found) = (signals_of(session.loop, 0) for session in (exact, coarse))
+    assert 0 < np.abs(found - expected)[exact.loop.prepare(0).batch.targets].max() < 0.1  # codes of 1/127 over two layers
+    assert {leaf.dtype for leaf in jax.tree.leaves(coarse.loop.state.trainable)} == {np.dtype("float32")}
+    packed = {"overlay.method": "lora", "model.quantization": "int8", "prune.score_dtype": "int8", "run.folder": str(opened.root / "packed")}
+    with pytest.raises(QtjaxError, match="score_dtype = 'int8': the kernels are packed"):
+        opened(**packed)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
