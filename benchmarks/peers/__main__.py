@@ -11,6 +11,10 @@ constant rate, gradients clipped to norm 1. LoRA starts from one adapter, which 
 Processes follow one another, round after round; each is warm before it is timed. A row whose first losses (scores) stray from the
 plain torch loop's is marked and its numbers are not shown. Ratios are of medians over the rounds of this one run. qtjax runs twice a
 round: up to the first step with an empty compile cache, then with the cache that this left. Threads of OpenMP sleep while they wait.
+
+torch, tuned: transformers' logits_to_keep, each step in forward passes of 4 samples of similar length, fused AdamW, and glibc told to
+keep freed memory. By length: beside that, batches of similar length, as transformers' group_by_length makes them. torch-eager,
+torch-compile and trl-compile are measured when --rows names them, or all.
 """
 
 import sys
@@ -39,7 +43,7 @@ FLAGS = {
     "tokenizer": ("", f"sentencepiece model of 32,000 tokens, or an HF folder that has one, for the model {SMALL}"),
     "envs": ("runs/peers/envs", "folder of the peers' environments, installed on demand; empty: this interpreter for all"),
     "out": ("runs/peers", "folder for models, samples, jobs and logs"),
-    "rows": ("", f"comma-separated, of {', '.join(ROWS)}; all; empty: the usual ones, without torch-eager and what compiles for minutes"),
+    "rows": ("", f"comma-separated, of {', '.join(ROWS)}; all; empty: the usual ones"),
     "batch": (16, "samples per optimizer step"),
     "steps": (8, "optimizer steps of a process"),
     "warmup": (2, "of them untimed"),
@@ -102,10 +106,11 @@ def run(given: dict[str, Any], rows: Sequence[Row], console: Console, pythons: d
 
     rounds(benches, rows, given["rounds"], say, keep)
     for bench in benches:
-        heading = f"{Path(bench.work.name).name}: {given['batch']} samples a step, {given['steps'] - given['warmup']} steps timed, medians of {given['rounds']} rounds; {on}"
-        console_out = Console(width=None if Console().is_terminal else 140)
-        console_out.print(output.table(bench, rows, heading, not_there))
-        console_out.print(output.bar_table(bench))
+        timed = f"{given['steps'] - given['warmup']} steps timed, medians of {given['rounds']} round{'s' * (given['rounds'] > 1)}"
+        heading = f"{Path(bench.work.name).name}: {given['batch']} samples a step, {timed}; {on}"
+        tables = Console(width=None if Console().is_terminal else 140, quiet=console.quiet)
+        tables.print(output.table(bench, rows, heading, not_there))
+        tables.print(output.bar_table(bench))
     if given["picture"]:
         output.draw(benches, rows, f"Useful tokens per CPU second, {given['batch']} samples a step; {on}", Path(given["picture"]))
     return benches, output.report(benches, rows, given, on, not_there)

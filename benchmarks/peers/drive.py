@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.peers.inputs import Work, lora_config
 from benchmarks.peers.results import Checked, Round, check_scores, check_training, round_of, untimed_marks
-from benchmarks.peers.rows import ALPHA, LORA, RANK, SCORE, Row
+from benchmarks.peers.rows import ALPHA, FULL, LORA, RANK, SCORE, Row
 from qtjax.config import override, to_json
 from qtjax.errors import QtjaxError
 from qtjax.report.progress import clock_time
@@ -46,7 +46,8 @@ def launch(python: str, script: str, job: dict[str, Any], folder: Path, variable
     (folder / "job.json").write_text(json.dumps(job))
     with open(folder / "log.txt", "w") as log:
         try:
-            done = subprocess.run([python, str(SCRIPTS / script), str(folder / "job.json")], stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=LONGEST)
+            command = [python, str(SCRIPTS / script), str(folder / "job.json")]
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=LONGEST)
         except subprocess.TimeoutExpired:
             raise Failed(f"not done after {LONGEST} s") from None
     if done.returncode or not out.exists():
@@ -87,7 +88,7 @@ class Bench:
     def prepare(self, rows: Sequence[Row]) -> None:
         """The reference that all rows are checked against. Raises QtjaxError where it fails: then nothing can be checked."""
         lora = any(row.kind == LORA for row in rows)
-        full = any(row.kind not in (LORA, SCORE) for row in rows)
+        full = any(row.kind == FULL for row in rows)
         options = {"lora": lora, "full": full, "steps": min(COMPARED, self.given["steps"]), "rank": RANK, "alpha": ALPHA}
         try:
             self.reference = launch(self.pythons["torch"], "torch_reference.py", self.job(None, options=options), self.folder / "reference")

@@ -18,7 +18,6 @@ from qtjax.data.tokenizer import check_vocabulary, load_tokenizer
 from qtjax.errors import QtjaxError
 
 SMALL = "15m"
-PROJECTIONS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 
 class Work(NamedTuple):
@@ -79,7 +78,8 @@ def work(name: str, given: dict, out: Path) -> Work:
     check_vocabulary(tokenizer, shape.vocab_size, dataset.input_ids)
     needed = given["batch"] * given["steps"]
     if len(dataset) < needed:
-        raise QtjaxError(f"--data {given['data']}: {len(dataset)} samples, {given['steps']} steps of {given['batch']} need {needed}; lower --steps or --batch")
+        need = f"{given['steps']} steps of {given['batch']} need {needed}"
+        raise QtjaxError(f"--data {given['data']}: {len(dataset)} samples of at most {given['max-length']} tokens, {need}; lower --steps or --batch")
     order = write_samples(folder / "samples.npz", dataset, config, given["steps"])
     useful, targets = (int(of[order].sum()) for of in (dataset.lengths, dataset.trained))
     return Work(name, model, str(folder / "samples.npz"), config, useful, targets)

@@ -124,6 +124,7 @@ def draw(benches: Sequence[Bench], rows: Sequence[Row], heading: str, file: Path
                 axes.text(speed, y, f" {speed:,.0f}" if speed else " no number", va="center", fontsize=8)
             axes.set_yticks(range(len(shown)), [row.says for row in shown], fontsize=8)
             axes.set_ylim(len(shown) - 0.4, -0.6)
+            axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.set_xlim(0, 1.15 * max(speeds) or 1)
             axes.set_title(f"{Path(bench.work.name).name}, {kind}", loc="left", fontsize=10)
     for axes in grid[-1]:

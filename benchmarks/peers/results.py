@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.peers.rows import SCORE, Bar, Row
+from benchmarks.peers.rows import LORA, SCORE, Bar, Row
 
 CLOSE = 1e-3  # of the loss, relative
 SCORES_CLOSE = 1e-4  # nats
@@ -54,7 +54,7 @@ def check_training(row: Row, marks: Sequence[Mapping[str, Any]], reference: Mapp
     Args: reference: losses {"full", "lora"} by step, initial_nll by sample. targets: number of targets by sample.
     """
     losses = [mark["loss"] for mark in marks]
-    method = "full" if row.kind != "LoRA" else "lora"
+    method = "lora" if row.kind == LORA else "full"
     if row.own_batches:
         held = marks[0]["samples"]
         wanted = [sum(reference["initial_nll"][str(i)] for i in held) / sum(targets[i] for i in held)]

@@ -11,6 +11,9 @@ RANK, ALPHA = 8, 16
 # tuning guide answers the same with jemalloc.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30), "MALLOC_TOP_PAD_": str(256 << 20)}
 TUNED = {"logits": "answers", "micro": 4, "fused": True}
+COMPILED = TUNED | {"compile": True}
+EAGER = TUNED | {"attention": "eager"}
+GROUPED = TUNED | {"grouped": True}
 
 
 class Row(NamedTuple):
@@ -36,20 +39,20 @@ ROWS = {row.name: row for row in (
     Row("torch", "torch loop", FULL, "torch", "torch_loop.py"),
     Row("torch-answers", "torch, logits of answers", FULL, "torch", "torch_loop.py", {"logits": "answers"}),
     Row("torch-tuned", "torch, tuned: micro-batches", FULL, "torch", "torch_loop.py", TUNED, variables=KEEP_MEMORY),
-    Row("torch-grouped", "torch, tuned: + by length", FULL, "torch", "torch_loop.py", TUNED | {"grouped": True}, True, variables=KEEP_MEMORY),
-    Row("torch-eager", "torch, tuned: eager attention", FULL, "torch", "torch_loop.py", TUNED | {"attention": "eager"}, False, False, KEEP_MEMORY),
-    Row("torch-compile", "torch, tuned: compiled", FULL, "torch", "torch_loop.py", TUNED | {"compile": True}, False, False, KEEP_MEMORY),
+    Row("torch-grouped", "torch, tuned: + by length", FULL, "torch", "torch_loop.py", GROUPED, True, variables=KEEP_MEMORY),
+    Row("torch-eager", "torch, tuned: eager attention", FULL, "torch", "torch_loop.py", EAGER, usual=False, variables=KEEP_MEMORY),
+    Row("torch-compile", "torch, tuned: compiled", FULL, "torch", "torch_loop.py", COMPILED, usual=False, variables=KEEP_MEMORY),
     Row("trl", "TRL, defaults", FULL, "torch", "trl_sft.py"),
     Row("trl-no-checkpoint", "TRL, no checkpointing", FULL, "torch", "trl_sft.py", {"checkpoint": False}),
     Row("trl-packing", "TRL, packing", FULL, "torch", "trl_sft.py", {"packing": True}, True),
-    Row("trl-compile", "TRL, compiled", FULL, "torch", "trl_sft.py", {"compile": True}, False, False),
+    Row("trl-compile", "TRL, compiled", FULL, "torch", "trl_sft.py", {"compile": True}, usual=False),
     Row("tunix", "Tunix", FULL, "tunix", "tunix_loop.py"),
     Row("qtjax-lora", "qtjax, LoRA", LORA, "qtjax", "qtjax_train.py"),
     Row("peft", "peft, torch loop", LORA, "torch", "torch_loop.py"),
     Row("peft-tuned", "peft, torch loop tuned", LORA, "torch", "torch_loop.py", TUNED, variables=KEEP_MEMORY),
     Row("qtjax-score", "qtjax, scoring", SCORE, "qtjax", "qtjax_score.py"),
     Row("torch-score", "torch, all logits", SCORE, "torch", "torch_score.py"),
-    Row("torch-score-answers", "torch, logits of answers", SCORE, "torch", "torch_score.py", {"logits": "answers"}),
+    Row("torch-score-tuned", "torch, tuned: micro-batches", SCORE, "torch", "torch_score.py", TUNED, variables=KEEP_MEMORY),
 )}  # fmt: skip
 OWN = {FULL: "qtjax", LORA: "qtjax-lora", SCORE: "qtjax-score"}
 BEST_TORCH = ("torch", "torch-answers", "torch-tuned", "torch-grouped", "torch-eager", "torch-compile")
@@ -81,7 +84,7 @@ def bars_of(model: str) -> list[Bar]:
         Bar("LoRA / best peft", "qtjax-lora", BEST_PEFT, None),
         Bar("scoring / torch with all logits", "qtjax-score", ("torch-score",), ask(2.2)),
         Bar("scoring / the same, peak memory", "qtjax-score", ("torch-score",), ask(3.0), "memory"),
-        Bar("scoring / torch, logits of answers", "qtjax-score", ("torch-score-answers",), None),
+        Bar("scoring / torch tuned", "qtjax-score", ("torch-score-tuned",), None),
     ]
 
 

@@ -2,7 +2,7 @@
 
 options: attention sdpa | eager; logits all | answers (transformers' logits_to_keep); micro: samples a forward pass (0: all of
 the step), sorted by length first; grouped: batches of similar length, as transformers' group_by_length; fused: torch's fused
-AdamW; checkpoint: recompute activations; compile: torch.compile; packages: what to report the versions of.
+AdamW; compile: torch.compile.
 """
 
 from importlib.metadata import version
@@ -12,16 +12,12 @@ import torch
 from measuring import Meter, Samples, padded, read_job, read_samples
 from transformers import AutoModelForCausalLM
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
 
 def load(job: dict) -> torch.nn.Module:
     """The model of the job in float32, with the adapter that LoRA starts from."""
     options = job["options"]
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, attn_implementation=options.get("attention", "sdpa"))
     model.config.use_cache = False
-    if options.get("checkpoint"):
-        model.gradient_checkpointing_enable()
     if job["method"] == "lora":
         from peft import PeftModel
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import padded, read_job, read_samples
-from torch_loop import PROJECTIONS, load, optimizer_of, step
-from torch_score import scores
+from measuring import read_job, read_samples
+from torch_loop import load, optimizer_of, step
+from torch_score import by_sample, step_scores
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def write_adapter(job: dict) -> None:
@@ -20,7 +22,8 @@ def write_adapter(job: dict) -> None:
 
     torch.manual_seed(0)
     base = load(job | {"method": "full"})
-    settings = LoraConfig(r=job["options"]["rank"], lora_alpha=job["options"]["alpha"], lora_dropout=0.0, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+    rank, alpha = job["options"]["rank"], job["options"]["alpha"]
+    settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
     get_peft_model(base, settings).save_pretrained(job["adapter"])
 
 
@@ -29,10 +32,10 @@ def main() -> None:
     options, samples = job["options"], read_samples(job["data"])
     order = samples.order[: job["steps"]]
     model = load(job | {"method": "full"}).eval()
-    found = [scores(model, samples, indices, "all") for indices in order]
+    found = [step_scores(model, samples, indices, {}) for indices in order.tolist()]
     np.savez(job["scores"], nll=np.concatenate([n for n, _ in found]), entropy=np.concatenate([e for _, e in found]))
-    nll = [float(part.sum()) for (all_nll, _), indices in zip(found, order) for part in _by_sample(samples, indices, all_nll)]
-    out = {"initial_nll": dict(zip(map(int, order.ravel()), nll)), "losses": {}}
+    nll = [float(part.sum(dtype=np.float64)) for (flat, _), indices in zip(found, order) for part in by_sample(samples, indices, flat)]
+    out = {"initial_nll": dict(zip(order.ravel().tolist(), nll)), "losses": {}}
     if options["lora"]:
         write_adapter(job)
     for method in ("full", "lora"):
@@ -41,11 +44,6 @@ def main() -> None:
             optimizer = optimizer_of(model, job)
             out["losses"][method] = [step(model, optimizer, samples, indices.tolist(), {}) for indices in order[: options["steps"]]]
     Path(job["out"]).write_text(json.dumps(out))
-
-
-def _by_sample(samples, indices, flat: np.ndarray) -> list:
-    counts = padded(samples, indices)[1].sum(axis=1)
-    return np.split(flat, np.cumsum(counts)[:-1])
 
 
 if __name__ == "__main__":

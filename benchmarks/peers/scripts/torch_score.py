@@ -1,6 +1,7 @@
 """Row script: nll and entropy of every answer token in torch, forward only.
 
-options: attention sdpa | eager; logits all | answers (transformers' logits_to_keep).
+options: attention sdpa | eager; logits all | answers (transformers' logits_to_keep); micro: samples a forward pass (0: all of the
+step), sorted by length first.
 """
 
 from importlib.metadata import version
@@ -8,7 +9,7 @@ from importlib.metadata import version
 import numpy as np
 import torch
 from measuring import Meter, Samples, padded, read_job, read_samples
-from torch_loop import load
+from torch_loop import load, parts
 
 
 @torch.inference_mode()
@@ -29,13 +30,27 @@ def scores(model: torch.nn.Module, samples: Samples, indices, logits: str) -> tu
     return tuple((x if logits == "answers" else x[wanted]).numpy() for x in (nll, entropy))
 
 
+def by_sample(samples: Samples, indices, flat: np.ndarray) -> list:
+    """The values of each sample's targets."""
+    return np.split(flat, np.cumsum([samples.targets[i].sum() for i in indices])[:-1])
+
+
+def step_scores(model: torch.nn.Module, samples: Samples, indices, options: dict) -> tuple[np.ndarray, np.ndarray]:
+    """`scores` of a step's samples, in its order whatever the order of the forward passes."""
+    found: tuple[dict, dict] = ({}, {})
+    for part in parts(samples, indices, options.get("micro", 0)):
+        for signal, flat in zip(found, scores(model, samples, part, options.get("logits", "all"))):
+            signal.update(zip(part, by_sample(samples, part, flat)))
+    return tuple(np.concatenate([signal[i] for i in indices]) for signal in found)
+
+
 def main() -> None:
     job = read_job()
     options, samples, meter = job["options"], read_samples(job["data"]), Meter(job)
     model = load(job).eval()
     out = []
     for indices in samples.order[: job["steps"]]:
-        out.append(scores(model, samples, indices, options.get("logits", "all")))
+        out.append(step_scores(model, samples, indices.tolist(), options))
         if not meter.mark(None, indices, samples.tokens(indices)):
             break
     np.savez(job["scores"], nll=np.concatenate([n for n, _ in out]), entropy=np.concatenate([e for _, e in out]))
