@@ -2,15 +2,17 @@
 
 from pathlib import Path
 
-import jax
 from rich.console import Console
 
 from qtjax.config import Config, load_config
 from qtjax.errors import door
+from qtjax.pages import with_huge_pages
 
 
 def use_compile_cache(config: Config) -> None:
     """Keeps compiled programs in the run folder (or run.compile_cache), so that a restart does not compile again."""
+    import jax
+
     folder = Path(config.run.compile_cache or Path(config.run.folder) / "compile_cache").absolute()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -40,4 +42,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    with_huge_pages()
     door(main)

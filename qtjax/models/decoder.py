@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from qtjax.models.attention import Segments, attend, before, prompted, rope_tables, rotate
 from qtjax.models.config import ModelConfig
-from qtjax.models.edits import AttentionEdit, combine, product
+from qtjax.models.edits import AttentionEdit, combine
+from qtjax.models.products import product
 from qtjax.models.ratings import Plan, attention_paid
 
 Cache = tuple[Array, Array]
@@ -203,7 +204,7 @@ class Head(nn.Module):
 
 
 _policies = jax.checkpoint_policies
-_NAMES = ("product", "attention")  # 16-bit products (edits.py), what a kernel's backward pass starts from (blocks.py, splash.py)
+_NAMES = ("product", "attention")  # 16-bit products (products.py), what a kernel's backward pass starts from (blocks.py, splash.py)
 # What a layer keeps for its backward pass beside its input; the rest is computed again.
 _REMAT = {
     "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(*_NAMES)),

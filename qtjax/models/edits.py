@@ -14,11 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
+from jax import Array
 
 from qtjax.errors import QtjaxError
 from qtjax.models.config import ModelConfig
+from qtjax.models.products import as_array, matmul, product, through
 from qtjax.tree import Tree, flatten, unflatten
 
 _record = partial(dataclass, frozen=True)
@@ -86,7 +86,7 @@ class LinearEdit:
         together = turned is x and x.dtype == jnp.float32 and self.thin is None
         y = product(turned, kernel, self.delta if together else None)
         if self.delta is not None and not together:
-            y += (_through(x, self.delta) if self.thin is None else self.thin(x)).astype(y.dtype)
+            y += (through(x, self.delta) if self.thin is None else self.thin(x)).astype(y.dtype)
         if self.has_side:
             y += self.side(x)
         return self._finished(y, self.scale(kernel), bias)
@@ -111,7 +111,7 @@ class LinearEdit:
         rest = product(self.turned(x - dropped), kernel, self.delta)
         if self.undropped:
             down, up = self.down[:, -self.undropped :], self.up[-self.undropped :]
-            rest += _matmul(_matmul(x - dropped, down.astype(x.dtype)), up.astype(x.dtype))
+            rest += matmul(matmul(x - dropped, down.astype(x.dtype)), up.astype(x.dtype))
         rest = rest if self.post is None else rest * self.post.astype(x.dtype)
         return still._finished(y, self.scale(kernel), bias, rest)
 
@@ -143,16 +143,16 @@ class LinearEdit:
         """The input of `up`: diag(mid) down x, after dropout. [..., R] in x's dtype."""
         down = self.down.astype(x.dtype)
         if self.drops and self.undropped:
-            h = jnp.concatenate([_matmul(self.drop(x), down[:, : -self.undropped]), _matmul(x, down[:, -self.undropped :])], axis=-1)
+            h = jnp.concatenate([matmul(self.drop(x), down[:, : -self.undropped]), matmul(x, down[:, -self.undropped :])], axis=-1)
         else:
-            h = _matmul(self.drop(x), down)
+            h = matmul(self.drop(x), down)
         return h if self.mid is None else h * self.mid.astype(x.dtype)
 
     def side(self, x: Array) -> Array:
         """The side paths' contribution to y, in x's dtype."""
         terms = []
         if self.down is not None:
-            y = _matmul(self.narrow(x), self.up.astype(x.dtype))
+            y = matmul(self.narrow(x), self.up.astype(x.dtype))
             terms.append(y if self.out is None else y * self.out.astype(x.dtype))
         if self.kron is not None:
             a, b = (factor.astype(x.dtype) for factor in self.kron)
@@ -318,64 +318,6 @@ def combine_trees(first: Tree, second: Tree) -> Tree:
     for path, record in flatten(second).items():
         flat[path] = combine(flat[path], record, path) if path in flat else record
     return unflatten(flat)
-
-
-def as_array(leaf: Any, dtype: Any) -> Array:
-    """A kernel leaf as an array: quantised leaves are dequantised."""
-    return leaf.dequantize(dtype) if hasattr(leaf, "dequantize") else leaf.astype(dtype)
-
-
-def product(x: Array, kernel: Any, delta: Callable[[], Array] | None = None) -> Array:
-    """x (W + delta). What is formed for it (a dequantised W, the sum) is formed again in the backward pass, not kept."""
-    if delta is None and hasattr(kernel, "times"):
-        return kernel.times(x)
-    if delta is None and not hasattr(kernel, "dequantize"):
-        return _matmul(x, kernel.astype(x.dtype))
-    return _formed(x, kernel, delta)
-
-
-def _matmul(x: Array, w: Array) -> Array:
-    """x @ w over one long axis: of [B, L, D] a CPU's backward pass would write a transposed copy, and what fuses into it slowly."""
-    flat = x.reshape(-1, x.shape[-1])
-    y = flat @ w if x.dtype == jnp.float32 else _half(flat, w)
-    return y.reshape(*x.shape[:-1], w.shape[-1])
-
-
-@jax.custom_vjp
-def _half(x: Array, w: Array) -> Array:
-    """x [T, in] @ w [in, out] in 16 bits. Named, since a remat policy cannot see the product inside."""
-    return checkpoint_name(_product16(x, w, (1, 0)), "product")
-
-
-def _product16(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """A CPU's matrix units give float32, and rounding that is twice as fast as XLA's own 16-bit product; elsewhere plain, since sums
-    over devices would move as float32."""
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    rounded = lambda a, b: lax.dot_general(a, b, dims, preferred_element_type=jnp.float32).astype(a.dtype)  # noqa: E731
-    return lax.platform_dependent(a, b, cpu=rounded, default=lambda a, b: lax.dot_general(a, b, dims))
-
-
-def _half_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _half(x, w), (x, w)
-
-
-def _half_backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, w = kept
-    return _product16(dy, w, (1, 1)), _product16(x, dy, (0, 0))
-
-
-_half.defvjp(_half_forward, _half_backward)
-
-
-@jax.checkpoint
-def _formed(x: Array, kernel: Any, delta: Callable[[], Array] | None) -> Array:
-    w = as_array(kernel, x.dtype)
-    return _matmul(x, w if delta is None else w + delta().astype(x.dtype))
-
-
-@jax.checkpoint
-def _through(x: Array, delta: Callable[[], Array]) -> Array:
-    return _matmul(x, delta().astype(x.dtype))
 
 
 def _column_norms(w: Array, down: Array, up: Array) -> Array:

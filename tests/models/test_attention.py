@@ -10,7 +10,7 @@ import pytest
 from qtjax.models import ModelConfig, hidden_states, init_params
 from qtjax.models.attention import Segments, attend, kernel_of, visible
 from qtjax.models.blocks import blockwise, first_slots
-from qtjax.models.edits import product
+from qtjax.models.products import product
 from qtjax.models.splash import splash
 
 # (B, L, H, K, C, window): whole blocks, a block that is not full, one short row, heads that share keys, windows of all sizes
