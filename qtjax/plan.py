@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     say(console, f"a step: about {_range(_number(low * scale), _number(high * scale))} {unit}, MFU {mfu}", style="bold")
     for line in assumptions(parts, chip, shapes[-1] * plan.length, config.prune.batch_size):
         say(console, line)
+    if shape.num_key_value_heads % config.mesh.tensor:
+        say(console, f"mesh.tensor = {config.mesh.tensor} cuts through the {shape.num_key_value_heads} key heads: devices then share heads, and move more.")
 
 
 def say(console: Console, text: str, **options: Any) -> None:

@@ -27,6 +27,23 @@ def test_a_plan_needs_a_topology():
         plan.main(["--config", "configs/smol.py"])
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize(("flags", "message"), [
+    (("--mesh.fsdp", "3"), "mesh.fsdp = 3: does not divide the 8 devices; values that do: 1, 2, 4, 8"),
+    (("--mesh.tensor", "8"), "mesh.tensor = 8: does not divide dimension 1 of layers/mlp/down_proj/kernel, 300; values that do: 1, 2, 4"),
+    (("--mesh.fsdp", "8"), "mesh.fsdp = 8: does not divide dimension 1 of embed_tokens/embedding, 100; values that do: 1, 2, 4"),
+    (("--data.max-length", "1024"), "data.max_length = 1024: the model .* has 512 positions"),
+    (("--model.param-dtype", "bfloat16"), "full-parameter training keeps float32 parameters"),
+    (("--tokens-per-sample", "129"), "--tokens-per-sample 129: must be from 1 to data.max_length = 128"),
+])  # fmt: skip
+def test_what_the_run_would_refuse_the_plan_refuses(flags, message, tmp_path):
+    """A mesh that does not divide the devices or the model, and what training would not begin with: one line, before anything compiles."""
+    pytest.importorskip("libtpu")
+    model = shape(tmp_path / "m", hidden_size=100, intermediate_size=300, num_attention_heads=8, num_key_value_heads=8, head_dim=32)
+    with pytest.raises(QtjaxError, match=message):
+        said("--model.path", model, "--topology", "v5e:2x4", *flags)
+
+
 def shape(folder, **changes):
     """A model folder with a config.json and nothing else."""
     raw = json.loads((Path(smol.__file__).parent / "model" / "config.json").read_text()) | changes
