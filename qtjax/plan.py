@@ -55,13 +55,13 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     free = chip.usable - plan.worst / GIB
     if free < 0:
         say(console, f"does not fit: {-free:.1f} GiB are lacking on each device of {chip.usable:.4g} GiB", style="bold")
-        for line in suggestions(config, mesh):
-            say(console, f"  try {line}")
     else:
         say(console, f"fits: {free:.1f} of {chip.usable:.4g} GiB stay free on each device", style="bold")
     if own["topology"] in GPU_NAMES:
         say(console, f"JAX takes {chip.share:.0%} of a GPU's {chip.memory:g} GiB, as {SHARE_VARIABLE} says or by itself. No kernel was tried out: "
             "temporaries are approximate.")  # fmt: skip
+    if free < 0:
+        return advise(console, config, shape, devices, chip, plan)
     shapes = ladder(config.train.rows, batch_size(mesh), config.train.shapes)
     touched = 2 * (plan.held.trained + plan.held.moments) + plan.held.gradients
     parts = step_parts(config, plan.run.subject.config, chip, len(devices), plan.needs, shapes, plan.length, tokens, touched)
@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     say(console, f"a step: about {_range(_number(low * scale), _number(high * scale))} {unit}, MFU {mfu}", style="bold")
     for line in assumptions(parts, chip, shapes[-1] * plan.length, config.prune.batch_size):
         say(console, line)
+    if shape.num_key_value_heads % config.mesh.tensor:
+        say(console, f"mesh.tensor = {config.mesh.tensor} cuts through the {shape.num_key_value_heads} key heads: devices then share heads, and move more.")
 
 
 def say(console: Console, text: str, **options: Any) -> None:
@@ -91,7 +93,7 @@ def memory_table(needs: dict[str, Any], memory: float) -> Table:
     unit, size = ("GiB", GIB) if max(need.total for need in needs.values()) > GIB / 10 else ("MiB", 2**20)
     table = _table(f"{unit} a device<", "arguments", "temporaries", "beside", "total", f"of {memory:.4g}", "moved")
     for name, need in needs.items():
-        moved = "unreadable" if need.moved is None else f"{sum(each.bytes for each in need.moved) / size:.2f}"
+        moved = "refused" if need.refused else "unreadable" if need.moved is None else f"{sum(each.bytes for each in need.moved) / size:.2f}"
         numbers = [f"{x / size:.2f}" for x in (need.arguments, need.temporaries, need.beside, need.total)]
         table.add_row(name, *numbers, f"{need.total / GIB / memory:.0%}", moved)
     said = {name: ", ".join(f"{m.bytes / size:.2f} by {m.count} {m.kind}" for m in need.moved) for name, need in needs.items() if need.moved}
@@ -153,21 +155,21 @@ def assumptions(parts: Sequence[Any], chip: Any, smallest: int, batch: int) -> l
     return lines
 
 
-def suggestions(config: Config, mesh: Any) -> list[str]:
-    """What to change, the cheapest first."""
-    out = []
-    if config.model.remat != "full":
-        out.append("--model.remat full (activations are computed again in the backward pass)")
-    ways = mesh.shape["fsdp"]
-    if ways * mesh.shape["tensor"] < mesh.size:
-        out.append(f"--mesh.fsdp {mesh.size // mesh.shape['tensor']} (parameters and moments are cut {mesh.size // mesh.shape['tensor'] // ways} times finer)")
-    if config.train.rows > mesh.shape["data"] * ways:
-        out.append(f"--train.rows {max(config.train.rows // 2, mesh.shape['data'] * ways)} (smaller launches, more of them)")
-    if config.overlay.method != "none" and config.model.param_dtype == "float32":
-        out.append("--model.param-dtype bfloat16 (the frozen weights take half)")
-    if config.overlay.method == "none":
-        out.append("--overlay.method lora (no moments for the frozen weights)")
-    return out or ["a larger topology: everything else is as small as it gets"]
+def advise(console: Console, config: Config, shape: Any, devices: Sequence[Any], chip: Any, plan: Any) -> None:
+    """What would fit instead: tried, or counted."""
+    from qtjax.planning import attempts, kept_instead
+
+    tried, found = 0, False
+    with console.status("compiling what might fit"):
+        for attempt in attempts(config, shape, devices, chip, plan):
+            tried, found = tried + 1, attempt.free >= 0
+            say(console, f"  {'fits with' if found else 'still too large with'} {attempt.flags}: {abs(attempt.free):.1f} GiB {'stay free' if found else 'are lacking'}")
+    if found:
+        return
+    for flags, held in kept_instead(config, shape, devices):
+        say(console, f"  {flags} trains otherwise and keeps {held.total / GIB:.2f} GiB on each device beside activations, not {plan.held.total / GIB:.2f}")
+    say(console, "  none of these fits: take a larger topology" if tried else
+        "  however it is cut over these devices, weights, moments and gradients alone are too large: take a larger topology")  # fmt: skip
 
 
 if __name__ == "__main__":

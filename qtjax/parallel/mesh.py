@@ -30,17 +30,23 @@ _RULES: dict[str | None, str | None] = {
 def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
     """Mesh with axes (data, fsdp, tensor) over all devices; data = -1 takes what remains.
 
-    Raises QtjaxError when the product is not the number of devices.
+    Raises QtjaxError when the product is not the number of devices, naming the axis and what it could be.
     """
     devices = jax.devices() if devices is None else devices
-    count, fixed = len(devices), section.fsdp * section.tensor
-    data = count // fixed if section.data == -1 else section.data
-    if data * fixed != count or data < 1:
+    left = len(devices)
+    for axis in ("tensor", "fsdp"):
+        ways = getattr(section, axis)
+        if left % ways:
+            whose = f"the {left} device{'s' * (left > 1)}" + (f" that mesh.tensor = {section.tensor} leaves" if axis == "fsdp" and section.tensor > 1 else "")
+            fitting = ", ".join(str(w) for w in range(1, left + 1) if left % w == 0)
+            raise QtjaxError(f"mesh.{axis} = {ways}: does not divide {whose}; values that do: {fitting}")
+        left //= ways
+    if section.data not in (-1, left):
         raise QtjaxError(
-            f"mesh.data x mesh.fsdp x mesh.tensor = {section.data} x {section.fsdp} x {section.tensor}: the product must be"
-            f" the number of devices, {count}; set mesh.data to -1 and fsdp x tensor to a divisor of {count}"
+            f"mesh.data = {section.data}: {len(devices)} devices with mesh.fsdp = {section.fsdp} and mesh.tensor = {section.tensor} leave {left};"
+            " set it to that, or to -1 for whatever is left"
         )
-    return Mesh(np.asarray(devices).reshape(data, section.fsdp, section.tensor), AXES)
+    return Mesh(np.asarray(devices).reshape(left, section.fsdp, section.tensor), AXES)
 
 
 def batch_size(mesh: Mesh) -> int:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from qtjax.models import ModelConfig
 from qtjax.parallel import batch_size, make_mesh, param_shardings, round_up
 from qtjax.planning.collectives import Collective, collectives
 from qtjax.training.ladder import ladder
+from qtjax.training.memory import shortage
 from qtjax.training.optimizer import make_optimizer
 from qtjax.training.programs import program_jobs
 from qtjax.training.setup import check_overlay
@@ -28,13 +29,14 @@ from qtjax.tree import Tree, flatten
 @dataclass(frozen=True)
 class Need:
     """Bytes on each device while a program runs. arguments: what it is given; temporaries: its own, and results that take nobody's
-    place; beside: what lies there meanwhile. total: all of it. moved: its collectives, None where the compiler refused the program for
-    its memory, or cannot print it."""
+    place; beside: what lies there meanwhile. total: all of it. moved: its collectives, None where the compiler cannot print it, or
+    refused it for its memory."""
 
     arguments: int
     temporaries: int
     beside: int
     moved: list[Collective] | None
+    refused: bool = False
 
     @property
     def total(self) -> int:
@@ -91,24 +93,17 @@ def _itemsize(dtype: Any) -> float:
     return 0.5 if "int4" in str(dtype) else np.dtype(dtype).itemsize
 
 
-# "Used 121.50G of 15.75G hbm": all of it; "required for HLO temporaries (16.88G) exceeds": without what the program is given.
-_USED = re.compile(r"Used ([\d.]+)([KMG]) of")
-_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMG])\) exceeds")
-
-
 def need_of(job: Callable[[], Any], mesh: Mesh, given: int, beside: int) -> Need:
     """Compiles one job, a call under the mesh. Args: given, beside: bytes on each device that it is given, and not given."""
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # programs without a device are not kept
             compiled = job()
     except jax.errors.JaxRuntimeError as error:
-        text = str(error)
-        used, extra = _USED.search(text), _TEMPORARIES.search(text)
-        if "RESOURCE_EXHAUSTED" not in text or not (used or extra):
+        missing = shortage(str(error))
+        if missing is None or missing.kind != "program":
             raise
-        number, unit = (used or extra).groups()
-        size = int(float(number) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit])
-        return Need(0 if used else given, size, beside, None)
+        return Need(min(given, missing.needed), max(missing.needed - given, 0), beside, None, refused=True)
     memory = compiled.memory_analysis()
     extra = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
     try:

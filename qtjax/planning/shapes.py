@@ -1,5 +1,6 @@
 """A model's shape for a plan: its config.json and nothing else, and of the models in configs/ also without a network."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def model_shape(path: str) -> tuple[ModelConfig, str]:
             raise
         if path in PUBLISHED:
             return ModelConfig.from_hf(PUBLISHED[path], where=path), "shape as published; the hub did not give its config.json"
-        reason = str(error).partition("did not give it (")[2].partition(");")[0][:120] or str(error)[:120]
+        reason = textwrap.shorten(str(error).partition("did not give it (")[2].partition("); offline")[0] or str(error), 90, placeholder=" ...")
         raise QtjaxError(
             f"model.path = {path!r}: no such folder, and the hub did not give its config.json ({reason}); a plan needs no more than that"
             " file: save it in a folder of its own and give --model.path FOLDER"

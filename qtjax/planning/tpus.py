@@ -7,12 +7,13 @@ from typing import Any
 from qtjax.errors import QtjaxError
 from qtjax.planning.chips import Chip
 
-# cloud.google.com/tpu/docs, system architecture pages, read in November 2026. Of v4 a device is one core, half a chip.
+# cloud.google.com/tpu/docs, system architecture pages, read in November 2026; memory as libtpu lets a program have it. Of v4 a device
+# is one core, half a chip.
 _CHIPS = {
-    "v4": Chip(16, 137.5, 614, 150),
+    "v4": Chip(15.25, 137.5, 614, 150),
     "v5e": Chip(15.75, 197, 819, 200),
-    "v5p": Chip(95, 459, 2765, 600),
-    "v6e": Chip(31.25, 918, 1638, 400),
+    "v5p": Chip(95.73, 459, 2765, 600),
+    "v6e": Chip(31.24, 918, 1638, 400),
 }
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")

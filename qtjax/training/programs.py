@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from qtjax import models
 from qtjax.config import PruneSection
 from qtjax.parallel import batch_sharding, replicated
+from qtjax.training.memory import COMPILING
 from qtjax.training.pruners import Pruners, pruners
 from qtjax.training.score import rated_rows, score_rows
 from qtjax.training.state import Subject, TrainState, state_shardings
@@ -149,8 +150,12 @@ class Programs:
         jobs = program_jobs(subject, mesh, *arguments, shapes=shapes, **sizes)
 
         def compile_one(name: str) -> Any:
-            with jax.set_mesh(mesh):
-                done = jobs[name]()
+            try:
+                with jax.set_mesh(mesh):
+                    done = jobs[name]()
+            except jax.errors.JaxRuntimeError as error:
+                error.add_note(COMPILING + name)
+                raise
             on_done(name)
             return done
 

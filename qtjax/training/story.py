@@ -24,6 +24,7 @@ from qtjax.report.totals import totals
 from qtjax.training.calibration import calibrate
 from qtjax.training.experts import missing_experts, train_experts
 from qtjax.training.full_data import time_full_data
+from qtjax.training.memory import memory_errors
 from qtjax.training.run import Session, open_session, train_steps
 from qtjax.training.run_folder import RunFolder
 from qtjax.training.state import count_parameters
@@ -33,8 +34,8 @@ from qtjax.tree import Tree
 def run(config: Config, console: Console, *, quiet: bool = False) -> dict[str, Any]:
     """Runs or resumes the experiment of `config` and prints its closing table on standard output.
 
-    Returns: the summary (schema: qtjax.report.table). Raises QtjaxError for bad input, a diverged loss or a disk that
-    refuses; Interrupted after Ctrl-C or SIGTERM, with a checkpoint of the last finished step.
+    Returns: the summary (schema: qtjax.report.table). Raises QtjaxError for bad input, a diverged loss, too little memory or a disk
+    that refuses; Interrupted after Ctrl-C or SIGTERM, with a checkpoint of the last finished step.
     """
     begin = time.perf_counter()
     with _opened(config) as folder:
@@ -42,7 +43,8 @@ def run(config: Config, console: Console, *, quiet: bool = False) -> dict[str, A
             summary = folder.summary()
             console.print(f"{folder.path}: finished already; this is its table", highlight=False, soft_wrap=True)
         else:
-            summary = _train(config, folder, console, begin, quiet)
+            with memory_errors(config):
+                summary = _train(config, folder, console, begin, quiet)
     if jax.process_index() == 0:
         Console().print(summary_table(summary))
     return summary

@@ -252,8 +252,18 @@ def test_a_run_on_eight_devices_survives_a_crash_bitwise(tiny_config, run_on, tm
 
 
 def test_a_mesh_that_does_not_fit_the_devices_says_what_does():
-    """The product of the axes must be the number of devices; the error names both and the remedy."""
-    with pytest.raises(QtjaxError, match=r"mesh.data x mesh.fsdp x mesh.tensor = -1 x 3 x 1.*number of devices, 1"):
+    """The axis that does not divide the devices is named, with the values that would."""
+    devices = [object()] * 8
+    for axes, said in (
+        ({"fsdp": 3}, "mesh.fsdp = 3: does not divide the 8 devices; values that do: 1, 2, 4, 8"),
+        ({"fsdp": 16}, "mesh.fsdp = 16: does not divide the 8 devices; values that do: 1, 2, 4, 8"),
+        ({"fsdp": 8, "tensor": 2}, "mesh.fsdp = 8: does not divide the 4 devices that mesh.tensor = 2 leaves; values that do: 1, 2, 4"),
+        ({"tensor": 5}, "mesh.tensor = 5: does not divide the 8 devices; values that do: 1, 2, 4, 8"),
+        ({"data": 3, "fsdp": 2}, "mesh.data = 3: 8 devices with mesh.fsdp = 2 and mesh.tensor = 1 leave 4; set it to that"),
+    ):
+        with pytest.raises(QtjaxError, match=said):
+            make_mesh(MeshSection(**axes), devices)
+    with pytest.raises(QtjaxError, match="mesh.fsdp = 3: does not divide the 1 device; values that do: 1"):
         make_mesh(MeshSection(data=-1, fsdp=3))
     assert dict(make_mesh(MeshSection()).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
 
