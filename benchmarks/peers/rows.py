@@ -10,6 +10,8 @@ RANK, ALPHA = 8, 16
 # glibc gives large arrays back to the system and clears them again at every step unless it is told to keep them; PyTorch's
 # tuning guide answers the same with jemalloc.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30), "MALLOC_TOP_PAD_": str(256 << 20)}
+# What `python -m qtjax.train` gives itself (qtjax/pages.py), and tuned torch as well.
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 TUNED = {"logits": "answers", "micro": 4, "fused": True}
 COMPILED = TUNED | {"compile": True}
 EAGER = TUNED | {"attention": "eager"}
@@ -35,24 +37,24 @@ class Row(NamedTuple):
 
 
 ROWS = {row.name: row for row in (
-    Row("qtjax", "qtjax, full data", FULL, "qtjax", "qtjax_train.py"),
+    Row("qtjax", "qtjax, full data", FULL, "qtjax", "qtjax_train.py", variables=HUGE_PAGES),
     Row("torch", "torch loop", FULL, "torch", "torch_loop.py"),
     Row("torch-answers", "torch, logits of answers", FULL, "torch", "torch_loop.py", {"logits": "answers"}),
-    Row("torch-tuned", "torch, tuned: micro-batches", FULL, "torch", "torch_loop.py", TUNED, variables=KEEP_MEMORY),
-    Row("torch-grouped", "torch, tuned: + by length", FULL, "torch", "torch_loop.py", GROUPED, True, variables=KEEP_MEMORY),
-    Row("torch-eager", "torch, tuned: eager attention", FULL, "torch", "torch_loop.py", EAGER, usual=False, variables=KEEP_MEMORY),
-    Row("torch-compile", "torch, tuned: compiled", FULL, "torch", "torch_loop.py", COMPILED, usual=False, variables=KEEP_MEMORY),
+    Row("torch-tuned", "torch, tuned: micro-batches", FULL, "torch", "torch_loop.py", TUNED, variables=KEEP_MEMORY | HUGE_PAGES),
+    Row("torch-grouped", "torch, tuned: + by length", FULL, "torch", "torch_loop.py", GROUPED, True, variables=KEEP_MEMORY | HUGE_PAGES),
+    Row("torch-eager", "torch, tuned: eager attention", FULL, "torch", "torch_loop.py", EAGER, usual=False, variables=KEEP_MEMORY | HUGE_PAGES),
+    Row("torch-compile", "torch, tuned: compiled", FULL, "torch", "torch_loop.py", COMPILED, usual=False, variables=KEEP_MEMORY | HUGE_PAGES),
     Row("trl", "TRL, defaults", FULL, "torch", "trl_sft.py"),
     Row("trl-no-checkpoint", "TRL, no checkpointing", FULL, "torch", "trl_sft.py", {"checkpoint": False}),
     Row("trl-packing", "TRL, packing", FULL, "torch", "trl_sft.py", {"packing": True}, True),
     Row("trl-compile", "TRL, compiled", FULL, "torch", "trl_sft.py", {"compile": True}, usual=False),
     Row("tunix", "Tunix", FULL, "tunix", "tunix_loop.py"),
-    Row("qtjax-lora", "qtjax, LoRA", LORA, "qtjax", "qtjax_train.py"),
+    Row("qtjax-lora", "qtjax, LoRA", LORA, "qtjax", "qtjax_train.py", variables=HUGE_PAGES),
     Row("peft", "peft, torch loop", LORA, "torch", "torch_loop.py"),
-    Row("peft-tuned", "peft, torch loop tuned", LORA, "torch", "torch_loop.py", TUNED, variables=KEEP_MEMORY),
-    Row("qtjax-score", "qtjax, scoring", SCORE, "qtjax", "qtjax_score.py"),
+    Row("peft-tuned", "peft, torch loop tuned", LORA, "torch", "torch_loop.py", TUNED, variables=KEEP_MEMORY | HUGE_PAGES),
+    Row("qtjax-score", "qtjax, scoring", SCORE, "qtjax", "qtjax_score.py", variables=HUGE_PAGES),
     Row("torch-score", "torch, all logits", SCORE, "torch", "torch_score.py"),
-    Row("torch-score-tuned", "torch, tuned: micro-batches", SCORE, "torch", "torch_score.py", TUNED, variables=KEEP_MEMORY),
+    Row("torch-score-tuned", "torch, tuned: micro-batches", SCORE, "torch", "torch_score.py", TUNED, variables=KEEP_MEMORY | HUGE_PAGES),
 )}  # fmt: skip
 OWN = {FULL: "qtjax", LORA: "qtjax-lora", SCORE: "qtjax-score"}
 BEST_TORCH = ("torch", "torch-answers", "torch-tuned", "torch-grouped", "torch-eager", "torch-compile")
