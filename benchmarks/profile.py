@@ -9,12 +9,15 @@ are compared with the plain one's before a number is printed.
 """
 
 import json
+import operator
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +87,7 @@ def variants(config: models.ModelConfig, rows: Rows) -> dict[str, Callable[[Any]
     out = {"qtjax": partial(loss, own, rows, None)}
     out["plain attention ([L, L] per head)"] = partial(loss, plain, rows, None)
     out["logits of every slot"] = partial(logits_loss, own, rows)
+    out["products of [B, L, D], not [T, D]"] = out["qtjax"]  # compiled with another `matmul`
     out["layers unrolled"] = partial(loss, own.replace(unroll_layers=True), rows, None)
     out |= {f"remat {name}": partial(loss, own.replace(remat=name), rows, None) for name in ("dots", "full")}
     out |= {f"head in chunks of {size}": partial(loss, own, rows, size) for size in (128, 2048)}
@@ -157,7 +161,9 @@ def measure(config: models.ModelConfig, batch: int, length: int, rounds: int, co
     compiled, temporaries = {}, {}
     for name, function in variants(config, rows).items():
         console.print(f"[dim]compiling {name}[/dim]", highlight=False)
-        program = jax.jit(jax.value_and_grad(function)).lower(params).compile()
+        plain = patch("qtjax.models.products.matmul", operator.matmul) if name.startswith("products") else nullcontext()
+        with plain:
+            program = jax.jit(jax.value_and_grad(lambda params, run=function: run(params))).lower(params).compile()
         compiled[name], temporaries[name] = (program, (params,)), program.memory_analysis().temp_size_in_bytes
     check({name: program(*given) for name, (program, given) in compiled.items()})
     own = parts(config, rows, params)

@@ -41,7 +41,7 @@ def test_both_tables_of_a_small_model(tmp_path, capsys):
     """The whole command: every part and every variant has seconds, and the matrix rate is a number."""
     profile.main(["--model", "smol", "--rows", "2", "--length", "60", "--rounds", "2", "--json", str(tmp_path / "p.json")])
     report = json.loads((tmp_path / "p.json").read_text())
-    assert report["matrix_flops_per_second"] > 0 and len(report["parts"]) == 5 and len(report["variants"]) == 10
+    assert report["matrix_flops_per_second"] > 0 and len(report["parts"]) == 5 and len(report["variants"]) == 11
     assert all(row["seconds"] > 0 for row in [*report["parts"], *report["variants"]])
     assert report["variants"][0]["name"] == "qtjax" and report["variants"][0]["ratio"] == 1
     assert "at the matrix rate" in capsys.readouterr().out
