@@ -157,19 +157,19 @@ def assumptions(parts: Sequence[Any], chip: Any, smallest: int, batch: int) -> l
 
 def advise(console: Console, config: Config, shape: Any, devices: Sequence[Any], chip: Any, plan: Any) -> None:
     """What would fit instead: tried, or counted."""
-    from qtjax.planning import attempts, kept_instead
+    from qtjax.planning import SHARE_VARIABLE, SHARED, attempts, kept_instead
 
-    tried, found = 0, False
+    tried = 0
     with console.status("compiling what might fit"):
         for attempt in attempts(config, shape, devices, chip, plan):
-            tried, found = tried + 1, attempt.free >= 0
-            say(console, f"  {'fits with' if found else 'still too large with'} {attempt.flags}: {abs(attempt.free):.1f} GiB {'stay free' if found else 'are lacking'}")
-    if found:
-        return
+            flags = " and ".join(filter(None, (f"{SHARE_VARIABLE}={SHARED} before the command" if attempt.share else "", attempt.flags)))
+            if attempt.free >= 0:
+                return say(console, f"fits with {flags}: {attempt.free:.1f} GiB stay free")
+            say(console, f"still too large with {flags}: {-attempt.free:.1f} GiB are lacking")
+            tried += 1
+    say(console, "take a larger topology" + ("" if tried else ": however these devices cut them, weights, moments and gradients alone are too large"))
     for flags, held in kept_instead(config, shape, devices):
-        say(console, f"  {flags} trains otherwise and keeps {held.total / GIB:.2f} GiB on each device beside activations, not {plan.held.total / GIB:.2f}")
-    say(console, "  none of these fits: take a larger topology" if tried else
-        "  however it is cut over these devices, weights, moments and gradients alone are too large: take a larger topology")  # fmt: skip
+        say(console, f"or train otherwise: {flags} keeps {held.total / GIB:.2f} GiB on each device beside activations, not {plan.held.total / GIB:.2f}")
 
 
 if __name__ == "__main__":
