@@ -128,14 +128,15 @@ def append_whole(fd: int, data: bytes, path: str | os.PathLike) -> None:
     with disk_errors(path):
         before = os.fstat(fd).st_size
         try:
-            _write_all(fd, data)
+            write_all(fd, data)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.ftruncate(fd, before)
             raise
 
 
-def _write_all(fd: int, data: bytes) -> None:
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """All of `data`, where the system takes it piece by piece. Raises OSError."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]

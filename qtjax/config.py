@@ -42,7 +42,7 @@ class ModelSection:
     random_init: bool = knob(False, "start from random weights of the folder's config.json (pretraining)")
     dtype: str = knob("float32", "compute dtype of matrix products and activations", choices=DTYPES)
     param_dtype: str = knob("float32", "dtype in which parameters are stored and updated", choices=DTYPES)
-    remat: str = knob("none", "what the backward pass recomputes per layer", choices=("none", "dots", "full"))
+    remat: str = knob("none", "what the backward pass recomputes per layer; offload: all, inputs wait on the host", choices=("none", "dots", "full", "offload"))
     unroll_layers: bool = knob(False, "unroll the scan over layers: faster steps, slower compilation")
     quantization: str = knob(
         "none", "the layers' kernels packed while loading, a frozen base for overlays (QLoRA)", choices=("none", "nf4", "int8", "int4")
@@ -98,7 +98,7 @@ class PruneSection:
     infobatch_fraction: float = knob(0.5, "infobatch: fraction (0-1) of the samples below the mean loss that an epoch drops", rule="[0,1)")
     infobatch_anneal: float = knob(0.125, "infobatch: last fraction (0-1) of the epochs that train on all samples", rule="[0,1]")
     score_every: int = knob(1, "epochs from one scoring pass over a sample to the next; its last scores serve in between", rule=">0")
-    score_dtype: str = knob("", "compute dtype of the scoring pass; empty: model.dtype", choices=("", *DTYPES))
+    score_dtype: str = knob("", "compute dtype of the scoring pass; empty: model.dtype; int8: of the layers' products", choices=("", *DTYPES, "int8"))
     score_model: str = knob("", "HF folder or hub name of a model that scores the data once, before training; empty: the model in training")
     score_lag: int = knob(0, "optimizer steps by which the scoring weights are old: 0 exact, 1 lets scoring overlap training", rule="0 or 1")
 

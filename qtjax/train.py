@@ -2,15 +2,17 @@
 
 from pathlib import Path
 
-import jax
 from rich.console import Console
 
 from qtjax.config import Config, load_config
 from qtjax.errors import door
+from qtjax.pages import with_huge_pages
 
 
 def use_compile_cache(config: Config) -> None:
     """Keeps compiled programs in the run folder (or run.compile_cache), so that a restart does not compile again."""
+    import jax
+
     folder = Path(config.run.compile_cache or Path(config.run.folder) / "compile_cache").absolute()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -29,14 +31,16 @@ def main() -> None:
             "process": (-1, "which of them this is, counted from 0, with HOST:PORT"),
         },
     )
-    from qtjax.parallel import join_processes
+    from qtjax.parallel import join_processes, leaving_together
     from qtjax.training.story import run
 
     join_processes(own["coordinator"], own["processes"], own["process"])
     use_compile_cache(config)
     quiet = own["quiet"] or jax.process_index() > 0  # one process speaks for all
-    run(config, Console(quiet=quiet, stderr=True), quiet=quiet)
+    with leaving_together():
+        run(config, Console(quiet=quiet, stderr=True), quiet=quiet)
 
 
 if __name__ == "__main__":
+    with_huge_pages()
     door(main)

@@ -84,6 +84,22 @@ def power_cut(monkeypatch) -> Callable[..., None]:
     return cut
 
 
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """small_disk("64k") -> an empty file system of that size; the test is skipped where mounting is not allowed."""
+    disk = tmp_path / "disk"
+
+    def mount(size: str) -> Path:
+        disk.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True).returncode:
+            pytest.skip("may not mount a small file system here")
+        return disk
+
+    yield mount
+    if disk.is_mount():
+        subprocess.run(["umount", "-l", str(disk)], check=True)  # lazily: a failed save may still hold a file open
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder `shared` beside the checkout; in CI its absence is a failure, elsewhere a skip."""

@@ -19,7 +19,7 @@ from qtjax.checkpoints.assemble import assemble
 from qtjax.checkpoints.folder import TOKENIZER_FILES, open_weights, read_config, resolve_folder
 from qtjax.checkpoints.names import Place, places, stored_shape
 from qtjax.errors import QtjaxError, near_names
-from qtjax.models import KINDS, ModelConfig, Quantized, abstract_params, init_params
+from qtjax.models import KINDS, ModelConfig, Quantized, abstract_params, init_params, kernel_of
 from qtjax.parallel import wait_for_all
 from qtjax.tree import Tree, describe_difference, flatten
 
@@ -40,7 +40,7 @@ def load_pretrained(
 
     Args:
       path: HF folder (safetensors, or Flax msgpack; single or sharded), hub name "organisation/name", or "smol".
-      dtype: compute dtype, goes into the config. param_dtype: dtype of the returned leaves; default `dtype`.
+      dtype: compute dtype, goes into the config, as does the attention kernel of the platform. param_dtype: dtype of the returned leaves; default `dtype`.
       mesh: where leaves are sharded as parallel/sharding.py says; None: the default device.
       random_init: ignore the folder's weights and draw new ones with `key` (default jax.random.key(0)).
       quantization: "nf4", "int8" or "int4" packs the layers' linear kernels while they are read (models/quantized.py);
@@ -58,6 +58,7 @@ def load_pretrained(
     config = read_config(folder).replace(
         dtype=_dtype(dtype), param_dtype=_dtype(param_dtype or dtype), quantization=quantization
     )
+    config = config.replace(attention=kernel_of(jax.default_backend() if mesh is None else mesh.devices.flat[0].platform, config.dtype))
     shardings = None
     if mesh is not None:
         from qtjax.parallel.sharding import param_shardings

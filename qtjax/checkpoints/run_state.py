@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from qtjax.errors import QtjaxError
@@ -75,7 +76,8 @@ class RunState:
     def save(self, step: int, state: Any, meta: dict[str, Any], pending: Any = None) -> None:
         """Writes in the background; the previous save is waited for first.
 
-        Args: pending: a tree kept apart from the state, so that readers of the model need not know of it; None: none.
+        Args: state: arrays with shardings, or numpy arrays, of which process 0 writes its own. pending: a tree kept apart
+        from the state, so that readers of the model need not know of it; None: none.
         Raises QtjaxError when the disk refuses this save or the previous one; checkpoints written before stay whole, and
         with space again the next save goes through.
         """
@@ -103,7 +105,8 @@ class RunState:
         """The newest readable checkpoint, or None if there is none.
 
         Args:
-          target: a tree of arrays or jax.ShapeDtypeStruct with shardings; its structure and shapes must match.
+          target: a tree of arrays or jax.ShapeDtypeStruct with shardings, or numpy arrays for what is to stay on the
+            host, whole on every process; its structure and shapes must match.
           part: the checkpoint may hold more than `target`, which is then neither read nor given memory.
           pending: such a tree for what was saved beside the state of a step, None where nothing is wanted.
         Raises QtjaxError when there are checkpoints and none can be read.
@@ -160,8 +163,11 @@ def _check_whole(state: Any) -> None:
 
 
 def _reading(target: Any, part: bool = False) -> ocp.args.PyTreeRestore:
+    def args(x: Any) -> ocp.RestoreArgs:
+        if isinstance(x, np.ndarray | np.generic):
+            return ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype)
+        return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
+
     # Descriptions only: Orbax hands back what a partial restore does not find as it was asked for, and says nothing.
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target)
-    return ocp.args.PyTreeRestore(
-        target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=part
-    )
+    described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), target)
+    return ocp.args.PyTreeRestore(described, restore_args=jax.tree.map(args, target), partial_restore=part)

@@ -1,10 +1,11 @@
-"""A tokenized dataset: flat arrays that can be memory-mapped, and the statistics of how it came about."""
+"""A tokenized dataset: flat arrays, in memory or memory-mapped, and the statistics of how it came about."""
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from qtjax.errors import QtjaxError
 
-_ARRAYS = {
+ARRAYS = {
     "input_ids": np.int32, "loss_mask": np.bool_, "closing": np.bool_, "offsets": np.int64, "row_index": np.int64,
     "task_ids": np.int32,
 }  # fmt: skip
@@ -33,6 +34,10 @@ class DataStats:
     noted: Mapping[str, int] = field(default_factory=dict)
     tokens: int = 0
     trained_tokens: int = 0
+
+    def counted(self, samples: int, tokens: int, trained_tokens: int) -> "DataStats":
+        """The same remarks with these counts."""
+        return dataclasses.replace(self, samples=samples, tokens=tokens, trained_tokens=trained_tokens)
 
     def line(self) -> str:
         """One line for a log: "7,473 rows -> 7,470 samples (12 cut; 3 skipped: empty answer 3), 1,000 tokens, 500 trained"."""
@@ -59,7 +64,7 @@ class DataStats:
 
 @dataclass(frozen=True)
 class TokenizedDataset:
-    """n samples in flat arrays.
+    """n samples in flat arrays, which may lie in files: a step reads the samples that it needs.
 
     input_ids: int32 [total]. loss_mask: bool [total], True at targets (target position). closing: bool [total], True at
     the token that closes an answer (a target too). offsets: int64 [n+1], sample i is offsets[i]:offsets[i+1].
@@ -85,10 +90,9 @@ class TokenizedDataset:
     @property
     def trained(self) -> np.ndarray:
         """int64 [n], targets per sample."""
-        running = np.concatenate([[0], np.cumsum(self.loss_mask, dtype=np.int64)])
-        return running[self.offsets[1:]] - running[self.offsets[:-1]]
+        return np.add.reduceat(self.loss_mask, self.offsets[:-1], dtype=np.int64)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of ids and targets: what has begun with these samples goes on with no others."""
         digest = hashlib.sha256()
@@ -112,22 +116,34 @@ class TokenizedDataset:
         """Writes one .npy per array and stats.json. Raises OSError when the disk is full."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in _ARRAYS:
+        for name in ARRAYS:
             np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
-        (folder / "stats.json").write_text(json.dumps(dataclasses.asdict(self.stats), indent=2) + "\n", encoding="utf-8")
+        write_stats(folder, self.stats)
 
     @classmethod
     def load(cls, folder: str | Path, *, mmap: bool = True) -> "TokenizedDataset":
         """The inverse of `save`; with `mmap` the arrays stay on disk. Raises QtjaxError for a folder that is none or is damaged."""
         folder = Path(folder)
         try:
-            arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r" if mmap else None, allow_pickle=False) for n in _ARRAYS}
+            # A view, because every slice of a np.memmap itself costs some microseconds.
+            arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r" if mmap else None, allow_pickle=False).view(np.ndarray) for n in ARRAYS}
             stats = DataStats(**json.loads((folder / "stats.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise QtjaxError(f"{folder}: not a complete tokenized dataset ({error}); tokenize again") from None
-        if any(arrays[n].dtype != kind for n, kind in _ARRAYS.items()) or arrays["offsets"][-1] != len(arrays["input_ids"]):
+        tokens, samples = len(arrays["input_ids"]), len(arrays["row_index"])
+        lengths = {"loss_mask": tokens, "closing": tokens, "offsets": samples + 1, "task_ids": samples}
+        if (
+            any(arrays[n].dtype != kind for n, kind in ARRAYS.items())
+            or any(len(arrays[n]) != length for n, length in lengths.items())
+            or arrays["offsets"][-1] != tokens
+        ):
             raise QtjaxError(f"{folder}: the arrays of the tokenized dataset do not fit together; tokenize again")
         return cls(**arrays, stats=stats)
+
+
+def write_stats(folder: Path, stats: DataStats) -> None:
+    """The file that `TokenizedDataset.load` reads the statistics from."""
+    (folder / "stats.json").write_text(json.dumps(dataclasses.asdict(stats), indent=2) + "\n", encoding="utf-8")
 
 
 def assemble(
@@ -144,6 +160,6 @@ def assemble(
     input_ids, loss_mask, closing = flat(0, np.int32), flat(1, np.bool_), flat(2, np.bool_)
     offsets = np.zeros(len(samples) + 1, np.int64)
     np.cumsum([len(s[0]) for s in samples], out=offsets[1:])
-    counted = dataclasses.replace(stats, samples=len(samples), tokens=len(input_ids), trained_tokens=int(loss_mask.sum()))
+    counted = stats.counted(len(samples), len(input_ids), int(loss_mask.sum()))
     tasks = np.zeros(len(samples), np.int32) if task_ids is None else np.asarray(task_ids, np.int32)
     return TokenizedDataset(input_ids, loss_mask, closing, offsets, np.asarray(row_index, dtype=np.int64), tasks, counted)

@@ -9,7 +9,7 @@ from qtjax.errors import QtjaxError
 
 
 # The epoch being read and, across its border, the next one.
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     """int64 [count], the order of an epoch. Read-only.
 
@@ -72,5 +72,5 @@ def hold_out(count: int, fraction: float, seed: int = 0) -> tuple[np.ndarray, np
     stream than the epochs' orders.
     """
     held = min(max(round(fraction * count), int(fraction > 0)), max(count - 1, 0))
-    order = permutation(count, seed, 2**63)
+    order = permutation.__wrapped__(count, seed, 2**63)  # asked for once, not worth its memory
     return np.sort(order[held:]), np.sort(order[:held])

@@ -3,17 +3,15 @@
 Nothing here runs code from the data: no dataset scripts, no pickle.
 """
 
-import gzip
 import json
-import mmap
 import re
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qtjax.data.delimited import read_delimited
 from qtjax.data.rows import Rows, from_arrow, from_json_lines, from_objects, from_parquet
+from qtjax.data.stored import Stored, open_stored
 from qtjax.errors import QtjaxError, near_names
 from qtjax.hub import give_up_early
 
@@ -23,7 +21,7 @@ FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
-def load_rows(path: str, split: str = "train", columns: Sequence[str] = ()) -> Rows:
+def load_rows(path: str, split: str = "train", columns: Sequence[str] = (), *, scratch: Path | None = None) -> Rows:
     """The rows of a source.
 
     Args:
@@ -32,7 +30,9 @@ def load_rows(path: str, split: str = "train", columns: Sequence[str] = ()) -> R
       split: split of a saved DatasetDict, of a hub name, of a JSON object of lists, or of the embedded generator.
       columns: columns that the config names. A CSV or TSV whose columns are asked for as c0, c1, ... is read as a
         file without a header line.
-    Returns: Rows; JSON lines are parsed when a row is asked for. A .txt file is one row with the column `text`.
+      scratch: folder for what a .gz holds, unpacked, in a file without a name; None: the system's for temporary files.
+    Returns: Rows, which stay in their file and are read when asked for; those of a .json file alone, which is one value, are
+      held in memory. A .txt file is one row with the column `text`.
     Raises QtjaxError, one line: missing or empty file, malformed content (file and line), unknown split, hub out of reach.
     """
     if path == EMBEDDED:
@@ -46,7 +46,7 @@ def load_rows(path: str, split: str = "train", columns: Sequence[str] = ()) -> R
     if file.is_dir():
         return _folder(path, file, split)
     if file.is_file():
-        return _file(path, file, split, columns)
+        return _file(path, file, split, columns, scratch)
     if _looks_like_file(path, file):
         raise QtjaxError(f"{path}: no such file{_neighbours(file)}")
     return _hub(path, split)
@@ -76,17 +76,17 @@ def _suffix(file: Path) -> str:
     return Path(name.removesuffix(".gz")).suffix
 
 
-def _file(name: str, file: Path, split: str, columns: Sequence[str]) -> Rows:
+def _file(name: str, file: Path, split: str, columns: Sequence[str], scratch: Path | None) -> Rows:
     kind = _suffix(file)
     if kind not in FORMATS:
         raise QtjaxError(f"{name}: cannot tell the format from its name; known endings are {', '.join(FORMATS)}, each also with .gz")
     try:
         if not file.stat().st_size:
             raise QtjaxError(f"{name}: the file is empty; give a file with at least one row")
-        data = _content(name, file)
+        data = open_stored(name, file, scratch)
     except OSError as error:
         raise QtjaxError(f"{name}: cannot be read ({error.strerror or error})") from None
-    if not len(data):
+    if not data.size:
         raise QtjaxError(f"{name}: the file is empty; give a file with at least one row")
     if kind in (".jsonl", ".ndjson"):
         return from_json_lines(name, data)
@@ -94,27 +94,16 @@ def _file(name: str, file: Path, split: str, columns: Sequence[str]) -> Rows:
         return _json(name, data, split)
     if kind == ".parquet":
         return from_parquet(name, data)
+    if kind != ".txt":
+        return read_delimited(name, data, "\t" if kind == ".tsv" else ",", columns)
     text = _text(name, data)
     if not text.strip():
         raise QtjaxError(f"{name}: holds no rows; the file has only blank lines")
-    if kind == ".txt":
-        return from_objects(name, [{"text": text}])
-    return read_delimited(name, text, "\t" if kind == ".tsv" else ",", columns)
+    return from_objects(name, [{"text": text}])
 
 
-def _content(name: str, file: Path) -> bytes | mmap.mmap:
-    if not file.name.lower().endswith(".gz"):
-        with file.open("rb") as handle:
-            return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-    try:
-        with gzip.open(file, "rb") as handle:
-            return handle.read()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise QtjaxError(f"{name}: damaged or not gzip ({error}); fetch the file again") from None
-
-
-def _text(name: str, data: bytes | mmap.mmap) -> str:
-    raw = data[:]
+def _text(name: str, data: Stored) -> str:
+    raw = data.read(0, data.size)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -122,7 +111,7 @@ def _text(name: str, data: bytes | mmap.mmap) -> str:
         raise QtjaxError(f"{name}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
 
 
-def _json(name: str, data: bytes | mmap.mmap, split: str) -> Rows:
+def _json(name: str, data: Stored, split: str) -> Rows:
     text = _text(name, data)
     try:
         value = json.loads(text)

@@ -2,15 +2,17 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qtjax.config import DataSection
-from qtjax.data.dataset import DataStats, TokenizedDataset, assemble
+from qtjax.data.dataset import DataStats, TokenizedDataset
 from qtjax.data.examples import Example, Skip, resolve_format, to_example
+from qtjax.data.growing import Growing, Triple
 from qtjax.data.progress import LateProgress
-from qtjax.data.rows import Rows
+from qtjax.data.rows import Row, Rows
 from qtjax.data.spans import mark_turns
 from qtjax.data.tasks import task_of
 from qtjax.data.templates import render, render_turns, resolve_template
@@ -22,66 +24,69 @@ from qtjax.errors import QtjaxError
 CHUNK_ROWS = 1000
 CHUNK_CHARACTERS = 4_000_000
 
-Triple = tuple[np.ndarray, np.ndarray, np.ndarray]  # input_ids, loss_mask, closing
-
 UNCLOSED = "answers without an end-of-turn token"
 EMPTY_TURNS = "empty assistant turns left untrained"
 SPLIT = "texts split at max_length"
 BEYOND = "no answer token within max_length"
 
 
-def tokenize(tokenizer: Any, rows: Rows, data: DataSection, *, progress: bool = True) -> TokenizedDataset:
+def tokenize(
+    tokenizer: Any, rows: Rows, data: DataSection, *, progress: bool = True, folder: Path | None = None, scratch: Path | None = None
+) -> TokenizedDataset:
     """Every row rendered, tokenized and marked.
 
     With a chat template: exactly the ids of transformers' apply_chat_template. Without: BOS + tokens(prompt) +
     tokens(completion) + EOS. Format `text`: BOS + tokens(text) + EOS, every token but the first trained; a text longer than
     max_length makes several samples that overlap by one token, so that each token is a target once.
 
+    Args: folder, scratch: where the samples are written, as in `Growing`.
     Raises QtjaxError: a row that cannot be read (with its place), a conversation without a chat template, no sample left.
     """
     encoder = _Encoder(tokenizer, data)
     fmt = dataset_format(rows, data)
-    samples: list[Triple] = []
-    row_index: list[int] = []
-    task_ids: list[int] = []
+    index = rows.index
     skipped: Counter[str] = Counter()
 
-    def encode(items: list[tuple[int, Example]]) -> None:
+    def encode(items: list[tuple[int, Row, Example]]) -> None:
         try:
-            encoded = encoder.encode([e for _, e in items], [rows.where(i) for i, _ in items])
+            encoded = encoder.encode([e for _, _, e in items], [rows.where(i) for i, _, _ in items])
         except TypeError:
-            for i, example in items:
+            for i, _, example in items:
                 _refuse_broken_text(example, rows.where(i))
             raise
-        for (i, _), result in zip(items, encoded, strict=True):
+        samples: list[Triple] = []
+        places: list[int] = []
+        tasks: list[int] = []
+        for (i, row, _), result in zip(items, encoded, strict=True):
             if isinstance(result, Skip):
                 skipped[result.reason] += 1
             else:
                 samples.extend(result)
-                row_index.extend([int(rows.index[i])] * len(result))
-                task_ids.extend([task_of(rows[i], data, rows.where(i))] * len(result))
+                places.extend([int(index[i])] * len(result))
+                tasks.extend([task_of(row, data, rows.where(i))] * len(result))
+        growing.add(samples, places, tasks)
 
-    with LateProgress("tokenizing", len(rows), enabled=progress) as bar:
-        items: list[tuple[int, Example]] = []
+    with LateProgress("tokenizing", len(rows), enabled=progress) as bar, Growing(folder, scratch) as growing:
+        items: list[tuple[int, Row, Example]] = []
         characters = begun = 0
         for i in range(len(rows)):
-            example = to_example(rows[i], data, rows.where(i), fmt)
+            row = rows[i]
+            example = to_example(row, data, rows.where(i), fmt)
             if isinstance(example, Skip):
                 skipped[example.reason] += 1
             else:
-                items.append((i, example))
+                items.append((i, row, example))
                 characters += sum(map(len, example.texts))
             if i + 1 - begun == CHUNK_ROWS or characters > CHUNK_CHARACTERS or i + 1 == len(rows):
                 encode(items)
                 bar.advance(i + 1 - begun)
                 items, characters, begun = [], 0, i + 1
-    stats = DataStats(rows=len(rows), cut=encoder.cut, skipped=dict(skipped), noted=dict(encoder.noted))
-    if not samples:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.items())
-        raise QtjaxError(
-            f"{rows.name}: no sample is left to train on, all {len(rows)} rows were skipped ({reasons}); check data.completion_column and data.max_length"
-        )
-    return assemble(samples, row_index, stats, task_ids)
+        if not growing.samples:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.items())
+            raise QtjaxError(
+                f"{rows.name}: no sample is left to train on, all {len(rows)} rows were skipped ({reasons}); check data.completion_column and data.max_length"
+            )
+        return growing.finish(DataStats(rows=len(rows), cut=encoder.cut, skipped=dict(skipped), noted=dict(encoder.noted)))
 
 
 def dataset_format(rows: Rows, data: DataSection) -> str:

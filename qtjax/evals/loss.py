@@ -1,7 +1,7 @@
 """Held-out loss: nats per trained token."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,13 +26,26 @@ class HeldOutLoss(NamedTuple):
         return self._asdict()
 
 
-def whole_sequences(dataset: TokenizedDataset, samples: Iterable[int]) -> list[Sample]:
-    """These samples as they are, with positions from 0."""
-    out = []
-    for i in samples:
-        ids, mask, _ = dataset.sample(int(i))
-        out.append(Sample(ids, mask, np.arange(len(ids), dtype=np.int32), int(dataset.task_ids[i])))
-    return out
+class WholeSequences(Sequence[Sample]):
+    """Samples of a dataset as they are, with positions from 0; each is made when it is asked for."""
+
+    def __init__(self, dataset: TokenizedDataset, samples: Sequence[int]):
+        self._dataset, self._samples = dataset, samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, i: int | slice) -> "Sample | list[Sample]":
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        at = int(self._samples[i])
+        ids, mask, _ = self._dataset.sample(at)
+        return Sample(ids, mask, np.arange(len(ids), dtype=np.int32), int(self._dataset.task_ids[at]))
+
+
+def whole_sequences(dataset: TokenizedDataset, samples: Sequence[int] | None = None) -> WholeSequences:
+    """These samples, by default all of them."""
+    return WholeSequences(dataset, range(len(dataset)) if samples is None else samples)
 
 
 def held_out_loss(
@@ -54,7 +67,7 @@ def held_out_loss(
       samples: which samples of the dataset; default all. overlay, mesh, progress: as in `rows.likelihood`.
     Returns: HeldOutLoss. One program is compiled per (row_length, rows), whatever the data.
     """
-    sequences = whole_sequences(dataset, range(len(dataset)) if samples is None else samples)
+    sequences = whole_sequences(dataset, samples)
     found = likelihood(
         config, params, sequences, row_length=row_length, rows=rows, overlay=overlay, mesh=mesh, progress=progress
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,14 +69,21 @@ def stop_ids(tokenizer: Any, eos_token_id: Sequence[int], dataset: TokenizedData
 
 
 def load_held_out(
-    config: Config, model_config: ModelConfig, tokenizer: Any, tasks: Sequence[str] = TASKS[:2], *, choice_form: str = "auto"
+    config: Config,
+    model_config: ModelConfig,
+    tokenizer: Any,
+    tasks: Sequence[str] = TASKS[:2],
+    *,
+    choice_form: str = "auto",
+    scratch: Path | None = None,
 ) -> HeldOut:
     """Reads and tokenizes the held-out rows for `tasks`.
 
     Takes eval.max_samples evenly spaced rows for loss and choice, eval.generate_samples (0: as many) for exact match.
+    scratch: folder for what is too large for memory, removed with its last reader; None: the system's for temporary files.
     Raises QtjaxError: whatever loading raises, rows that a task cannot use, a tokenizer that is not the model's.
     """
-    rows = held_out_rows(config.data)
+    rows = held_out_rows(config.data, scratch)
     chosen = rows.select(spread(len(rows), config.eval.max_samples))
     dataset = prompts = questions = None
     skipped = 0
@@ -85,7 +93,7 @@ def load_held_out(
             for i in range(len(chosen))
         ]
     if {"loss", "exact_match"} & set(tasks):
-        dataset = tokenize(tokenizer, chosen, config.data)
+        dataset = tokenize(tokenizer, chosen, config.data, scratch=scratch)
         check_vocabulary(tokenizer, model_config.vocab_size, dataset.input_ids)
     if "exact_match" in tasks:
         asked = rows.select(spread(len(rows), config.eval.generate_samples or config.eval.max_samples))

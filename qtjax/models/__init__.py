@@ -3,9 +3,11 @@
 from qtjax.models.api import (
     abstract_params, apply, hidden_states, init_params, logical_axes, logits, rated_hidden_states, readout, segments,
 )  # fmt: skip
+from qtjax.models.attention import kernel_of
 from qtjax.models.config import ModelConfig, RopeScaling
 from qtjax.models.edits import AttentionEdit, EmbeddingEdit, Edits, LinearEdit, NormEdit, combine_trees
 from qtjax.models.generate import generate
+from qtjax.models.int8 import int8_layers
 from qtjax.models.ratings import RATERS
 from qtjax.models.virtual import check_task_ids
 from qtjax.models.quantized import KINDS, Quantized, is_quantized_path, quantize
@@ -28,7 +30,9 @@ __all__ = [
     "generate",
     "hidden_states",
     "init_params",
+    "int8_layers",
     "is_quantized_path",
+    "kernel_of",
     "logical_axes",
     "logits",
     "quantize",

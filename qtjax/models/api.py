@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from qtjax.models.attention import visible
+from qtjax.models.attention import Segments, by_segments, visible
+from qtjax.models.blocks import first_slots
 from qtjax.models.config import ModelConfig
 from qtjax.models.decoder import Decoder
 from qtjax.models.edits import Edits, expanded
@@ -148,8 +149,8 @@ def rated_hidden_states(
     Args:
       targets: bool [B, L], whom to rate; every segment for itself. Those at slots that hold nothing real are left out.
       rater: one of RATERS. Others as in `hidden_states`.
-    Returns: hidden [B, L, D] as `hidden_states` gives it (to the bit, but for 16-bit unrolled layers, which XLA may round
-      elsewhere when it fuses them otherwise); rating float32 [B, L], fractions 0 to 1, 0 where no target
+    Returns: hidden [B, L, D] as `hidden_states` gives it (with config.attention "xla" to the bit, but for 16-bit unrolled
+      layers, which XLA may round elsewhere when it fuses them otherwise); rating float32 [B, L], fractions 0 to 1, 0 where no target
       stands; without gradient; NaN where a traced task is unknown. Beside what the forward pass needs anyway at most
       [B, H, 64, S] weights are held at a time, in the layers that rate. Raises QtjaxError for an unknown rater, for
       targets that are not bool [B, L], and as `hidden_states` does.
@@ -200,7 +201,11 @@ def variables(params: Tree, edits: Edits) -> dict[str, Tree]:
 
 def _run(config: ModelConfig, params: Tree, row: _Row, edits: Edits) -> tuple[Array, Array | None]:
     slots, window = jnp.arange(row.input_ids.shape[1], dtype=jnp.int32), config.sliding_window
-    mask = visible(slots, slots, row.segment, row.segment, window)
+    alone = edits.virtual is None and not edits.prefix and row.rater is None
+    if alone and by_segments(config, *row.input_ids.shape):
+        mask = Segments(row.segment, first_slots(row.segment))
+    else:
+        mask = visible(slots, slots, row.segment, row.segment, window)
     # Only these need to know where a segment began.
     offset = offsets(slots, row.segment_ids) if edits.ahead or row.position_ids is None else slots
     positions = offset if row.position_ids is None else row.position_ids

@@ -4,12 +4,17 @@ B batch, L query slots, S key slots, H query heads, K key/value heads, C head di
 """
 
 import math
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
+from qtjax.models.blocks import blockwise
 from qtjax.models.config import ModelConfig, RopeScaling
+from qtjax.models.splash import splash, splash_takes
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Array:
@@ -61,9 +66,58 @@ def visible(
     return (near[None] & same)[:, None]
 
 
-def attend(q_BLHC: Array, k_BSKC: Array, v_BSKC: Array, mask_B1LS: Array) -> Array:
-    """Softmax attention, float32 statistics; a query that sees nothing gets a finite average. Returns [B, L, H, C]."""
-    return jax.nn.dot_product_attention(q_BLHC, k_BSKC, v_BSKC, mask=mask_B1LS, implementation="xla")
+class Segments(NamedTuple):
+    """Who sees whom, where a kernel can tell from the row alone: a slot sees its own nonzero segment up to itself, within the window.
+
+    segment int32 [B, L], 0 for padding; first int32 [B, L], the first slot of a slot's segment.
+    """
+
+    segment: Array
+    first: Array
+
+
+KERNELS = {"cpu": "blocks", "gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}
+
+
+def kernel_of(platform: str, dtype: str) -> str:
+    """ModelConfig.attention for devices of a platform: "blocks" on a CPU, "cudnn" on NVIDIA (16 bits), "splash" on TPU, else "xla"."""
+    kernel = KERNELS.get(platform, "xla")
+    return "xla" if kernel == "cudnn" and dtype == "float32" else kernel
+
+
+def by_segments(config: ModelConfig, batch: int, length: int) -> bool:
+    """Whether config.attention is a kernel that takes `Segments` of such rows, on the mesh that is set."""
+    if config.attention not in ("blocks", "splash"):
+        return False
+    if config.attention == "splash" and not splash_takes(length):
+        return False
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return config.attention == "blocks" or jax.device_count() == 1  # XLA cannot cut a TPU kernel by itself
+    if mesh.size == 1:
+        return True
+    if not {"data", "fsdp", "tensor"} <= set(mesh.axis_names) or mesh.manual_axes:
+        return False
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return not (batch % ways or config.num_key_value_heads % mesh.shape["tensor"])
+
+
+def attend(config: ModelConfig, q_BLHC: Array, k_BSKC: Array, v_BSKC: Array, sight: Array | Segments) -> Array:
+    """Softmax attention, float32 statistics; a query that sees nothing gets a finite average. Returns [B, L, H, C].
+
+    Args: sight: bool [B, 1, L, S], or `Segments` where `by_segments` says so.
+    """
+    if not isinstance(sight, Segments):
+        fused = config.attention == "cudnn" and q_BLHC.shape[1] == k_BSKC.shape[1]  # a whole row: nobody sees what comes later
+        return jax.nn.dot_product_attention(
+            q_BLHC, k_BSKC, v_BSKC, mask=sight, is_causal=fused, implementation="cudnn" if fused else "xla"
+        )
+    kernel: Any = partial(blockwise if config.attention == "blocks" else splash, sliding_window=config.sliding_window)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:  # each device its own rows and heads
+        rows, heads = P(("data", "fsdp")), P(("data", "fsdp"), None, "tensor")
+        kernel = jax.shard_map(kernel, in_specs=(heads, heads, heads, rows, rows), out_specs=heads, check_vma=False)
+    return kernel(q_BLHC, k_BSKC, v_BSKC, sight.segment, sight.first)
 
 
 def before(first: Array, rows: Array) -> Array:

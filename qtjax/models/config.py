@@ -23,10 +23,11 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Names are Hugging Face's; the last five fields say how to compute, not what, and are not written to config.json.
+    """Names are Hugging Face's; the last six fields say how to compute, not what, and are not written to config.json.
 
-    `dtype` is the compute dtype, `param_dtype` the storage dtype; `remat` none | dots | full;
-    `unroll_layers` trades compile time for step time; `quantization` None | nf4 | int8 | int4 of the layers' kernels.
+    `dtype` is the compute dtype, `param_dtype` the storage dtype; `remat` none | dots | full | offload;
+    `unroll_layers` trades compile time for step time; `quantization` None | nf4 | int8 | int4 of the layers' kernels;
+    `attention` xla (any mask) | blocks (CPU) | cudnn (NVIDIA) | splash (TPU): all equal but for rounding (models/attention.py).
     """
 
     model_type: str = "llama"
@@ -55,6 +56,7 @@ class ModelConfig:
     remat: str = "none"
     unroll_layers: bool = False
     quantization: str | None = None
+    attention: str = "xla"
 
     def replace(self, **changes: Any) -> "ModelConfig":
         return dataclasses.replace(self, **changes)

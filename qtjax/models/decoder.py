@@ -11,11 +11,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from qtjax.models.attention import attend, before, prompted, rope_tables, rotate
+from qtjax.models.attention import Segments, attend, before, prompted, rope_tables, rotate
 from qtjax.models.config import ModelConfig
-from qtjax.models.edits import AttentionEdit, combine, product
+from qtjax.models.edits import AttentionEdit, combine
+from qtjax.models.products import product
 from qtjax.models.ratings import Plan, attention_paid
 
 Cache = tuple[Array, Array]
@@ -64,9 +66,21 @@ class RMSNorm(nn.Module):
         weight = _leaf(self, "weight", nn.initializers.ones, (x.shape[-1],))
         edit = _edit(self)
         weight = weight if edit is None else edit.of(weight)
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.rms_norm_eps)
-        return (normed * weight.astype(jnp.float32)).astype(x.dtype)
+        return _normed(x, weight, self.config.rms_norm_eps)
+
+
+# The backward pass forms what follows again from its inputs: cheaper than writing and reading five arrays of a layer's size each.
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def _normed(x: Array, weight: Array, eps: float) -> Array:
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (normed * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
+def _gated(activation: str, gate: Array, up: Array) -> Array:
+    # In float32, which fuses into one pass and rounds once instead of three times in 16 bits.
+    return (_ACTIVATIONS[activation](gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
 
 
 class Linear(nn.Module):
@@ -93,7 +107,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, rope: tuple[Array, Array], mask: Array, cache: Cache | None, slot: Array | int, rate: Rate | None
+        self, x: Array, rope: tuple[Array, Array], mask: Array | Segments, cache: Cache | None, slot: Array | int, rate: Rate | None
     ) -> tuple[Array, Cache | None, Array | None]:
         c = self.config
         heads, kv_heads, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
@@ -115,7 +129,7 @@ class Attention(nn.Module):
         if edit is not None and edit.prefix_k is not None:
             k, v = (before(prefix, own) for prefix, own in ((edit.prefix_k, k), (edit.prefix_v, v)))
         rating = None if rate is None else rate(q, k, mask)
-        y, o_proj = attend(q, k, v, mask), Linear(c, c.hidden_size, c.attention_bias, name="o_proj")
+        y, o_proj = attend(c, q, k, v, mask), Linear(c, c.hidden_size, c.attention_bias, name="o_proj")
         if edit is None or edit.prompt is None:
             return o_proj(y.reshape(*x.shape[:2], heads * dim)), cache, rating
         prompt = edit.prompt.astype(x.dtype)[None]
@@ -134,9 +148,7 @@ class MLP(nn.Module):
         c = self.config
         gate = Linear(c, c.intermediate_size, c.mlp_bias, name="gate_proj")(x)
         up = Linear(c, c.intermediate_size, c.mlp_bias, name="up_proj")(x)
-        # In float32, which fuses into one pass and rounds once instead of three times in 16 bits.
-        inner = _ACTIVATIONS[c.hidden_act](gate.astype(jnp.float32)) * up.astype(jnp.float32)
-        return Linear(c, c.hidden_size, c.mlp_bias, name="down_proj")(inner.astype(x.dtype))
+        return Linear(c, c.hidden_size, c.mlp_bias, name="down_proj")(_gated(c.hidden_act, gate, up))
 
 
 class Layer(nn.Module):
@@ -149,11 +161,12 @@ class Layer(nn.Module):
         cache: Cache | None,
         rates: Array | None,
         rope: tuple[Array, Array],
-        mask: Array,
+        mask: Array | Segments,
         slot: Array | int,
         plan: Plan | None,
     ) -> tuple[Array, tuple[Cache | None, Array | None]]:
         c = self.config
+        x = checkpoint_name(x, "layer_input")
         rate = None if plan is None else partial(attention_paid, plan, rates, x)
         normed = RMSNorm(c, name="input_layernorm")(x)
         y, cache, rating = Attention(c, name="self_attn")(normed, rope, mask, cache, slot, rate)
@@ -190,11 +203,22 @@ class Head(nn.Module):
         return self.param("kernel", normal, (c.hidden_size, c.vocab_size), jnp.dtype(c.param_dtype))
 
 
+_policies = jax.checkpoint_policies
+_NAMES = ("product", "attention")  # 16-bit products (products.py), what a kernel's backward pass starts from (blocks.py, splash.py)
+# What a layer keeps for its backward pass beside its input; the rest is computed again.
+_REMAT = {
+    "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(*_NAMES)),
+    "full": None,
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["layer_input"], offload_src="device", offload_dst="pinned_host"
+    ),
+}
+
+
 def _scanned_layers(config: ModelConfig) -> Any:
     layer = Layer
     if config.remat != "none":
-        policy = None if config.remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        layer = nn.remat(Layer, policy=policy, prevent_cse=False)
+        layer = nn.remat(Layer, policy=_REMAT[config.remat], prevent_cse=False)
     return nn.scan(
         layer,
         variable_axes={"params": 0, "overlay": 0},
@@ -215,7 +239,7 @@ class Decoder(nn.Module):
         self,
         input_ids: Array,
         position_ids: Array,
-        mask: Array,
+        mask: Array | Segments,
         cache: Cache | None = None,
         slot: Array | int = 0,
         virtual: Array | None = None,
@@ -224,7 +248,7 @@ class Decoder(nn.Module):
         """Final-norm hidden states [B, P + L, D] in the compute dtype, the cache with the new keys and values, the rating.
 
         Args: input_ids int32 [B, L]; virtual: embeddings [P, D] or [B, P, D] put before them (P = 0 without);
-        position_ids int32 [B, P + L]; mask bool [B, 1, P + L, S]; cache k, v [N, B, S, K, C]; slot: where in the cache
+        position_ids int32 [B, P + L]; mask bool [B, 1, P + L, S], or Segments of rows alone; cache k, v [N, B, S, K, C]; slot: where in the cache
         the first of these tokens goes; plan: who is rated, float32 [B, P + L] (None without).
         """
         c = self.config

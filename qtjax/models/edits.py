@@ -18,6 +18,7 @@ from jax import Array
 
 from qtjax.errors import QtjaxError
 from qtjax.models.config import ModelConfig
+from qtjax.models.products import as_array, matmul, product, through
 from qtjax.tree import Tree, flatten, unflatten
 
 _record = partial(dataclass, frozen=True)
@@ -85,7 +86,7 @@ class LinearEdit:
         together = turned is x and x.dtype == jnp.float32 and self.thin is None
         y = product(turned, kernel, self.delta if together else None)
         if self.delta is not None and not together:
-            y += (_through(x, self.delta) if self.thin is None else self.thin(x)).astype(y.dtype)
+            y += (through(x, self.delta) if self.thin is None else self.thin(x)).astype(y.dtype)
         if self.has_side:
             y += self.side(x)
         return self._finished(y, self.scale(kernel), bias)
@@ -110,7 +111,7 @@ class LinearEdit:
         rest = product(self.turned(x - dropped), kernel, self.delta)
         if self.undropped:
             down, up = self.down[:, -self.undropped :], self.up[-self.undropped :]
-            rest += ((x - dropped) @ down.astype(x.dtype)) @ up.astype(x.dtype)
+            rest += matmul(matmul(x - dropped, down.astype(x.dtype)), up.astype(x.dtype))
         rest = rest if self.post is None else rest * self.post.astype(x.dtype)
         return still._finished(y, self.scale(kernel), bias, rest)
 
@@ -142,16 +143,16 @@ class LinearEdit:
         """The input of `up`: diag(mid) down x, after dropout. [..., R] in x's dtype."""
         down = self.down.astype(x.dtype)
         if self.drops and self.undropped:
-            h = jnp.concatenate([self.drop(x) @ down[:, : -self.undropped], x @ down[:, -self.undropped :]], axis=-1)
+            h = jnp.concatenate([matmul(self.drop(x), down[:, : -self.undropped]), matmul(x, down[:, -self.undropped :])], axis=-1)
         else:
-            h = self.drop(x) @ down
+            h = matmul(self.drop(x), down)
         return h if self.mid is None else h * self.mid.astype(x.dtype)
 
     def side(self, x: Array) -> Array:
         """The side paths' contribution to y, in x's dtype."""
         terms = []
         if self.down is not None:
-            y = self.narrow(x) @ self.up.astype(x.dtype)
+            y = matmul(self.narrow(x), self.up.astype(x.dtype))
             terms.append(y if self.out is None else y * self.out.astype(x.dtype))
         if self.kron is not None:
             a, b = (factor.astype(x.dtype) for factor in self.kron)
@@ -317,29 +318,6 @@ def combine_trees(first: Tree, second: Tree) -> Tree:
     for path, record in flatten(second).items():
         flat[path] = combine(flat[path], record, path) if path in flat else record
     return unflatten(flat)
-
-
-def as_array(leaf: Any, dtype: Any) -> Array:
-    """A kernel leaf as an array: quantised leaves are dequantised."""
-    return leaf.dequantize(dtype) if hasattr(leaf, "dequantize") else leaf.astype(dtype)
-
-
-def product(x: Array, kernel: Any, delta: Callable[[], Array] | None = None) -> Array:
-    """x (W + delta). What is formed for it (a dequantised W, the sum) is formed again in the backward pass, not kept."""
-    if delta is None and not hasattr(kernel, "dequantize"):
-        return x @ kernel.astype(x.dtype)
-    return _formed(x, kernel, delta)
-
-
-@jax.checkpoint
-def _formed(x: Array, kernel: Any, delta: Callable[[], Array] | None) -> Array:
-    w = as_array(kernel, x.dtype)
-    return x @ (w if delta is None else w + delta().astype(x.dtype))
-
-
-@jax.checkpoint
-def _through(x: Array, delta: Callable[[], Array]) -> Array:
-    return x @ delta().astype(x.dtype)
 
 
 def _column_norms(w: Array, down: Array, up: Array) -> Array:

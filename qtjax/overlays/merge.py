@@ -9,7 +9,8 @@ from jax import Array
 
 from qtjax import models
 from qtjax.errors import QtjaxError
-from qtjax.models.edits import EmbeddingEdit, LinearEdit, NormEdit, as_array, combine
+from qtjax.models.edits import EmbeddingEdit, LinearEdit, NormEdit, combine
+from qtjax.models.products import as_array
 from qtjax.overlays.base import Overlay, method_named
 from qtjax.tree import Tree, flatten, unflatten
 

@@ -1,6 +1,6 @@
 """Mesh, shardings and multi-host start-up."""
 
-from qtjax.parallel.hosts import agree_max, agree_sums, all_rows, local_rows, wait_for_all
+from qtjax.parallel.hosts import agree_max, agree_sums, all_rows, check_shared, first_alone, local_rows, wait_for_all
 from qtjax.parallel.mesh import (
     AXES,
     BATCH_AXES,
@@ -13,7 +13,7 @@ from qtjax.parallel.mesh import (
     tree_shardings,
 )
 from qtjax.parallel.sharding import param_shardings
-from qtjax.parallel.start import join_processes
+from qtjax.parallel.start import join_processes, leaving_together
 
 __all__ = [
     "AXES",
@@ -23,7 +23,10 @@ __all__ = [
     "all_rows",
     "batch_sharding",
     "batch_size",
+    "check_shared",
+    "first_alone",
     "join_processes",
+    "leaving_together",
     "local_rows",
     "make_mesh",
     "param_shardings",

@@ -1,11 +1,20 @@
 """Several processes, one run: every process starts the same command, and JAX joins their devices."""
 
+import contextlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+
 import jax
 
-from qtjax.errors import QtjaxError
+from qtjax.errors import QtjaxError, door
+from qtjax.parallel.hosts import wait_for_all
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead and the others stop
 JOINING = 300  # seconds to wait for the others at the start
+LEAVING = 10  # seconds in which the others come to the same end, where it is the same (bad input, a signal to all)
 
 
 def join_processes(coordinator: str, processes: int, process: int) -> None:
@@ -40,3 +49,52 @@ def join_processes(coordinator: str, processes: int, process: int) -> None:
             "start it under SLURM, a TPU pod or MPI, or give HOST:PORT" if coordinator == "auto" else "is process 0 started, and its port free and reachable?"
         )
         raise QtjaxError(f"--coordinator {coordinator}: {reason}; {remedy}") from None
+
+
+@contextlib.contextmanager
+def leaving_together() -> Iterator[None]:
+    """Around a run of several processes: one that fails alone does not keep the others waiting for it.
+
+    Python's own end would wait for them while they wait for it in a collective, for minutes. So where they do not come to
+    the same end, this process says what happened and is gone at once, and the others stop as after a crash.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    try:
+        yield
+        wait_for_all("end the run")  # the first one writes and draws for all: nobody's end is to wait for it with a time limit
+    except BaseException as error:
+        if not _others_leave():
+            _leave(error)
+        raise
+
+
+def _others_leave() -> bool:
+    try:
+        wait_for_all("leave", LEAVING)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def _leave(error: BaseException) -> None:
+    """Says what happened and ends this process, whatever the others do."""
+    code = 1
+    try:
+        door(lambda: _raise(error))
+    except SystemExit as end:
+        code = end.code
+    except BaseException:  # noqa: BLE001 - it ends here, whatever it is
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        # A collective that failed: another process is gone. The coordinator is about to say which, and to end this one.
+        time.sleep(2 * HEARTBEAT)
+    print(f"process {jax.process_index()} of {jax.process_count()} ends here; the others stop when they miss it", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def _raise(error: BaseException) -> None:
+    raise error

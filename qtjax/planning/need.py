@@ -61,7 +61,7 @@ def abstract_run(config: Config, shape: ModelConfig, mesh: Mesh, steps: int = 10
     m = config.model
     shape = shape.replace(
         dtype=m.dtype, param_dtype=m.param_dtype, remat=m.remat, unroll_layers=m.unroll_layers,
-        quantization=None if m.quantization == "none" else m.quantization,
+        quantization=None if m.quantization == "none" else m.quantization, attention=_kernel(mesh, m.dtype),
     )  # fmt: skip
     subject = Subject(shape, None if config.overlay.method == "none" else check_overlay(config, shape, steps))
     params = _laid(models.abstract_params(shape), param_shardings(shape, mesh))
@@ -72,6 +72,12 @@ def abstract_run(config: Config, shape: ModelConfig, mesh: Mesh, steps: int = 10
     moments = _laid(jax.eval_shape(optimizer.init, trainable), out.optimizer)
     method = _laid(jax.eval_shape(subject.method_state, trainable), out.method)
     return AbstractRun(subject, TrainState(trainable, moments, method), _laid(frozen, subject.frozen_shardings(mesh)), optimizer)
+
+
+def _kernel(mesh: Mesh, dtype: str) -> str:
+    """What a run would use; cuDNN's kernels cannot be compiled without a GPU, so that plain attention stands for them."""
+    kernel = models.kernel_of(mesh.devices.flat[0].platform, dtype)
+    return "xla" if kernel == "cudnn" else kernel
 
 
 def _laid(shapes: Tree, shardings: Tree) -> Tree:

@@ -4,15 +4,18 @@ Shape letters: T token slots, V vocabulary, D model width, c chunk.
 
 Both loops list the slots that count (true mask, nonzero weight) and walk that list `chunk` slots at a time, a number of
 times known only at run time: the cost is that of the real targets, not of the padded shape, while shapes stay static.
+
+On a mesh the axes that do not shard the batch cut the vocabulary: a device holds the kernel's own columns, [D, V / devices], and
+maxima, sums and the label's logit are put together chunk by chunk. Below, V is what one device holds.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from qtjax.errors import QtjaxError
 
@@ -23,21 +26,36 @@ BATCH_AXES = ("data", "fsdp")
 class Plan(NamedTuple):
     """What is static about one call; hashable, because jit and custom_vjp key on it."""
 
-    chunk: int
+    chunk: int | None
     layout: str
     mesh: Mesh | None
     batch_axes: tuple[str, ...]
 
     @property
     def split_axes(self) -> tuple[str, ...]:
-        """Mesh axes that do not shard the batch; their devices hold the same slots and divide them among themselves."""
-        return tuple(a for a in self.mesh.axis_names if a not in self.batch_axes) if self.mesh is not None else ()
+        """Mesh axes of more than one device that do not shard the batch; they cut the vocabulary."""
+        if self.mesh is None:
+            return ()
+        return tuple(a for a in self.mesh.axis_names if a not in self.batch_axes and self.mesh.shape[a] > 1)
+
+    @property
+    def kernel_spec(self) -> PartitionSpec:
+        """How the kernel lies: its vocabulary axis over `split_axes`, whole along the model's width."""
+        return PartitionSpec(None, self.split_axes) if self.layout == "dv" else PartitionSpec(self.split_axes)
+
+    def largest(self, value: jax.Array) -> jax.Array:
+        """The largest over the devices that cut the vocabulary."""
+        return lax.pmax(value, self.split_axes) if self.split_axes else value
+
+    def total(self, values: Any) -> Any:
+        """The sums over the devices that cut the vocabulary."""
+        return lax.psum(values, self.split_axes) if self.split_axes else values
 
 
-def make_plan(chunk: int, layout: str, mesh: Mesh | None, batch_axes: tuple[str, ...]) -> Plan:
+def make_plan(chunk: int | None, layout: str, mesh: Mesh | None, batch_axes: tuple[str, ...]) -> Plan:
     """The static side of a call, checked. Raises QtjaxError for an impossible chunk, layout or mesh axis."""
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise QtjaxError(f"chunk = {chunk!r}: is a number of tokens, an integer of 1 or more; the default suits most machines")
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        raise QtjaxError(f"chunk = {chunk!r}: is a number of tokens, an integer of 1 or more; None chooses by the model's width")
     if layout not in LAYOUTS:
         raise QtjaxError(f"layout = {layout!r}: must be 'dv' (kernel [D, V]) or 'vd' (kernel [V, D], a tied embedding)")
     if mesh is not None:
@@ -68,20 +86,32 @@ def check_shapes(plan: Plan, hidden: jax.Array, kernel: jax.Array, **per_token: 
                 f"hidden has {hidden.shape[0]} rows: must be a multiple of {devices}, the devices along"
                 f" {plan.batch_axes}; pad the batch"
             )
+        ways = math.prod(plan.mesh.shape[a] for a in plan.split_axes)
+        if kernel_shape[1] % ways:
+            raise QtjaxError(
+                f"kernel has shape {kernel.shape}: its vocabulary of {kernel_shape[1]} must be a multiple of {ways}, the devices along"
+                f" {plan.split_axes}; use fewer"
+            )
 
 
-def work_list(wanted_T: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array, int]:
+def chunk_for(width: int) -> int:
+    """Tokens whose logits exist at one time, unless the caller says: a power of two from 256 to 2048, the least that is not below D.
+
+    At D tokens the logits are as large as the kernel's own gradient, which training holds anyway; fewer would read and write that
+    gradient too often beside what the matrix units do in between, and more would win nothing.
+    """
+    return min(2048, max(256, 1 << (width - 1).bit_length()))
+
+
+def work_list(wanted_T: jax.Array, plan: Plan, width: int) -> tuple[jax.Array, jax.Array, int]:
     """(slots, trip count, chunk): this device's wanted slots first, in order, then the out-of-range slot T as padding."""
     slots = wanted_T.shape[0]
-    ways = math.prod(plan.mesh.shape[a] for a in plan.split_axes) if plan.split_axes else 1
-    chunk = min(plan.chunk, -(-slots // ways))
-    rows = -(-slots // (chunk * ways)) * chunk
-    order = jnp.nonzero(wanted_T, size=rows * ways, fill_value=slots)[0].astype(jnp.int32)
-    if ways > 1:
-        # Dealt out like cards, so that devices that hold the same slots differ by one target at most.
-        order = order.reshape(rows, ways)[:, lax.axis_index(plan.split_axes)]
-    count = jnp.sum(order < slots, dtype=jnp.int32)
-    return order, (count + chunk - 1) // chunk, chunk
+    chunk = min(plan.chunk or chunk_for(width), slots)
+    order = jnp.nonzero(wanted_T, size=-(-slots // chunk) * chunk, fill_value=slots)[0].astype(jnp.int32)
+    trips = (jnp.sum(order < slots, dtype=jnp.int32) + chunk - 1) // chunk
+    if plan.split_axes:  # the loop's collectives: every device turns as often as the others
+        trips = lax.pmax(trips, plan.batch_axes)
+    return order, trips, chunk
 
 
 def rows_at(array: jax.Array, index_c: jax.Array) -> jax.Array:
@@ -98,9 +128,15 @@ def logits(hidden_cD: jax.Array, kernel: jax.Array, layout: str) -> jax.Array:
     )
 
 
-def label_logit(logits_cV: jax.Array, labels_c: jax.Array) -> jax.Array:
+def at_label(labels_c: jax.Array, logits_cV: jax.Array, plan: Plan) -> jax.Array:
+    """int32 [c]: the label's column among this device's, outside 0..V-1 where another device holds it."""
+    return labels_c - lax.axis_index(plan.split_axes) * logits_cV.shape[1] if plan.split_axes else labels_c
+
+
+def label_logit(logits_cV: jax.Array, labels_c: jax.Array, plan: Plan) -> jax.Array:
     """The label's logit; NaN for a label outside the vocabulary, so that bad data cannot pass for a score."""
-    vocab = logits_cV.shape[1]
-    legal = (labels_c >= 0) & (labels_c < vocab)
-    picked = jnp.take_along_axis(logits_cV, jnp.clip(labels_c, 0, vocab - 1)[:, None], axis=1)[:, 0]
-    return jnp.where(legal, picked, jnp.nan)
+    vocab, column_c = logits_cV.shape[1], at_label(labels_c, logits_cV, plan)
+    here = (column_c >= 0) & (column_c < vocab)
+    picked = jnp.take_along_axis(logits_cV, jnp.clip(column_c, 0, vocab - 1)[:, None], axis=1)[:, 0]
+    found, picked = plan.total((here.astype(jnp.int32), jnp.where(here, picked, 0)))
+    return jnp.where(found > 0, picked, jnp.nan)

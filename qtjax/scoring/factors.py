@@ -1,7 +1,8 @@
 """What a training loss multiplies each token's nll by: 1, the label's probability (DFT) or an entropy (EAFT).
 
 Factors are constants to differentiation (stop_gradient): a loss is sum(weights * factor * nll) and its slope
-weights * factor * (softmax - onehot). Each is a function of one chunk, (logits_cV, nll_c) -> factor_c, all float32.
+weights * factor * (softmax - onehot). Each is a function of one chunk, (logits_cV, nll_c) -> factor_c, all float32; of the logits only the
+LARGEST may matter, since of a cut vocabulary no more are there.
 Shape letters: V vocabulary, c chunk.
 """
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 EAFT_TOP = 20
+LARGEST = EAFT_TOP  # no factor reads more than so many of the largest logits
 EAFT_SCALE = 3.0  # nats; the authors' stand-in for ln 20 = 2.9957
 
 

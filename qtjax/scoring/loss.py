@@ -13,8 +13,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from qtjax.errors import QtjaxError, near_names
-from qtjax.scoring.chunks import BATCH_AXES, Plan, check_shapes, label_logit, logits, make_plan, rows_at, work_list
-from qtjax.scoring.factors import FACTORS, LOSSES
+from qtjax.scoring.chunks import BATCH_AXES, Plan, at_label, check_shapes, label_logit, logits, make_plan, rows_at, work_list
+from qtjax.scoring.factors import FACTORS, LARGEST, LOSSES
 
 
 class _Call(NamedTuple):
@@ -34,7 +34,7 @@ def _local_loss(call: _Call, wants: tuple[bool, bool, bool], hidden_BLD, kernel,
     width = hidden_BLD.shape[-1]
     hidden_TD, labels_T, weights_T = hidden_BLD.reshape(-1, width), labels_BL.reshape(-1), weights_BL.reshape(-1)
     weights_T = weights_T.astype(jnp.float32)
-    order, trips, chunk = work_list(weights_T != 0, plan)
+    order, trips, chunk = work_list(weights_T != 0, plan, width)
     in_kernel = 1 if plan.layout == "dv" else 0  # the kernel's vocabulary axis
 
     def body(i, carry):
@@ -42,17 +42,17 @@ def _local_loss(call: _Call, wants: tuple[bool, bool, bool], hidden_BLD, kernel,
         index_c = lax.dynamic_slice(order, (i * chunk,), (chunk,))
         hidden_cD, labels_c, weights_c = rows_at(hidden_TD, index_c), rows_at(labels_T, index_c), rows_at(weights_T, index_c)
         logits_cV = logits(hidden_cD, kernel, plan.layout)
-        top_c = jnp.max(logits_cV, axis=1)
-        log_total_c = jnp.log(jnp.sum(jnp.exp(logits_cV - top_c[:, None]), axis=1))
-        nll_c = log_total_c - (label_logit(logits_cV, labels_c) - top_c)
+        top_c = plan.largest(jnp.max(logits_cV, axis=1))
+        log_total_c = jnp.log(plan.total(jnp.sum(jnp.exp(logits_cV - top_c[:, None]), axis=1)))
+        nll_c = log_total_c - (label_logit(logits_cV, labels_c, plan) - top_c)
         if factor is not None:
-            factor_c = factor(logits_cV, nll_c)
+            factor_c = factor(_largest(logits_cV, plan), nll_c)
             weights_c = weights_c * factor_c
         # Padding slots carry weight 0 and a finite nll (hidden 0: log V), so they add exactly nothing.
         loss = loss + jnp.sum(weights_c * nll_c)
         if want_hidden or want_kernel:
             operand = jnp.promote_types(hidden_cD.dtype, kernel.dtype)
-            hit_cV = lax.broadcasted_iota(jnp.int32, logits_cV.shape, 1) == labels_c[:, None]
+            hit_cV = lax.broadcasted_iota(jnp.int32, logits_cV.shape, 1) == at_label(labels_c, logits_cV, plan)[:, None]
             slope_cV = (jnp.exp(logits_cV - (top_c + log_total_c)[:, None]) - hit_cV).astype(operand)
         # The weight goes on the narrow factor ([c, D], not [c, V]) and in float32, so that half precision does not
         # flush probabilities times 1/N to zero.
@@ -79,10 +79,8 @@ def _local_loss(call: _Call, wants: tuple[bool, bool, bool], hidden_BLD, kernel,
     )
     loss, nlls, factors, dhidden, dkernel = lax.fori_loop(0, trips, body, start)
     if plan.mesh is not None:
-        everywhere = plan.batch_axes + plan.split_axes
-        loss, dkernel = lax.psum((loss, dkernel), everywhere)
-        if plan.split_axes:
-            dhidden, nlls, factors = lax.psum((dhidden, nlls, factors), plan.split_axes)
+        loss, dkernel = lax.psum((loss, dkernel), plan.batch_axes)
+        dhidden = plan.total(dhidden)
     nlls = nlls.reshape(weights_BL.shape) if want_nll else None
     return (
         loss,
@@ -93,13 +91,20 @@ def _local_loss(call: _Call, wants: tuple[bool, bool, bool], hidden_BLD, kernel,
     )
 
 
+def _largest(logits_cV: jax.Array, plan: Plan) -> jax.Array:
+    """What a factor reads: all logits, or of a cut vocabulary each device's largest, which hold the largest of all."""
+    if not plan.split_axes:
+        return logits_cV
+    return lax.all_gather(lax.top_k(logits_cV, min(LARGEST, logits_cV.shape[1]))[0], plan.split_axes, axis=1, tiled=True)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run_loss(call: _Call, wants: tuple[bool, bool, bool], hidden, kernel, labels, weights) -> tuple[Any, ...]:
     plan = call.plan
     local = functools.partial(_local_loss, call, wants)
     if plan.mesh is not None:
         rows, whole = PartitionSpec(plan.batch_axes), PartitionSpec()
-        specs = {"in_specs": (rows, whole, rows, rows), "out_specs": (whole, rows, rows, whole, rows)}
+        specs = {"in_specs": (rows, plan.kernel_spec, rows, rows), "out_specs": (whole, rows, rows, plan.kernel_spec, rows)}
         local = jax.shard_map(local, mesh=plan.mesh, **specs, check_vma=False)
     return local(hidden, kernel, labels, weights)
 
@@ -147,7 +152,7 @@ def head_loss(
     weights: jax.Array,
     *,
     loss: str = "plain",
-    chunk: int = 256,
+    chunk: int | None = None,
     layout: str = "dv",
     mesh: Mesh | None = None,
     batch_axes: tuple[str, ...] = BATCH_AXES,
@@ -169,9 +174,9 @@ def head_loss(
       weights: float [B, L]; 0 where a slot is no target (hidden is not read there). Its gradient is factor * nll where
         it is nonzero and 0 elsewhere.
       loss: one of LOSSES.
-      chunk: tokens whose logits exist at one time.
-      mesh, batch_axes: with a mesh, B is sharded over batch_axes (B must be a multiple of their devices); the kernel is
-        gathered, its gradient summed over all devices.
+      chunk: tokens whose logits exist at one time; None: `chunk_for` the width.
+      mesh, batch_axes: with a mesh, B is sharded over batch_axes (B must be a multiple of their devices) and the kernel's
+        vocabulary over the other axes (V must be a multiple of theirs); along D the kernel is gathered.
     Returns: float32 scalar, nats; 0 with zero gradients when there is no target. The kernel's gradient is accumulated
       in float32 and returned in the kernel's dtype.
     Raises: QtjaxError for shapes that do not fit, an unknown loss, layout or mesh axis.
@@ -186,7 +191,7 @@ def head_loss_and_nll(
     weights: jax.Array,
     *,
     loss: str = "plain",
-    chunk: int = 256,
+    chunk: int | None = None,
     layout: str = "dv",
     mesh: Mesh | None = None,
     batch_axes: tuple[str, ...] = BATCH_AXES,

@@ -32,18 +32,20 @@ class Prompts(NamedTuple):
 
 def first_tokens(dataset: TokenizedDataset, most: int = CLASSES) -> np.ndarray:
     """int32 [C], the most frequent first answer tokens, ascending."""
-    counts = Counter(int(s.input_ids[np.argmax(s.loss_mask)]) for s in whole_sequences(dataset, range(len(dataset))) if s.loss_mask.any())
+    counts = Counter(int(s.input_ids[np.argmax(s.loss_mask)]) for s in whole_sequences(dataset) if s.loss_mask.any())
     return np.sort(np.array([token for token, _ in counts.most_common(most)], np.int32))
 
 
 def prompts(dataset: TokenizedDataset, classes: np.ndarray, most: int = ROWS) -> Prompts:
     """Up to `most` evenly spaced samples whose answer begins with one of `classes`, cut before it."""
-    kept = []
-    for sample in whole_sequences(dataset, range(len(dataset))):
+    places = []
+    for i, sample in enumerate(whole_sequences(dataset)):
         at = int(np.argmax(sample.loss_mask)) if sample.loss_mask.any() else 0
         if at and sample.input_ids[at] in classes:
-            kept.append((sample.input_ids[:at], int(np.searchsorted(classes, sample.input_ids[at]))))
-    kept = [kept[i] for i in np.unique(np.linspace(0, len(kept) - 1, min(most, len(kept))).astype(int))] if kept else []
+            places.append((i, at))
+    places = [places[i] for i in np.unique(np.linspace(0, len(places) - 1, min(most, len(places))).astype(int))] if places else []
+    kept = [(dataset.sample(i)[0], at) for i, at in places]
+    kept = [(ids[:at], int(np.searchsorted(classes, ids[at]))) for ids, at in kept]
     length = max((len(ids) for ids, _ in kept), default=1)
     ids, mask = np.zeros((len(kept), length), np.int32), np.zeros((len(kept), length), np.int32)
     for i, (prompt, _) in enumerate(kept):

@@ -90,15 +90,21 @@ class Loop:
         self._thread = ThreadPoolExecutor(1)
         self._next: tuple[int, Future] | None = None
         self.following: Chosen | None = None  # the next step's work, chosen on older weights
+        self.clock = Clock()  # the last step's
 
     def _padded(self, count: int) -> int:
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"] // jax.process_count() or 1
         return -(-count // ways) * ways
 
     def prepare(self, step: int) -> Prepared:
+        return self._packed(self._read(step), step)
+
+    def _read(self, step: int) -> ScoringBatch:
         indices = self.plan.batch(step)
         indices = np.concatenate([indices, np.full(self.samples - len(indices), -1, np.int64)])
-        batch = read_batch(self.dataset, indices, self.config.data.max_length, self.reference)
+        return read_batch(self.dataset, indices, self.config.data.max_length, self.reference)
+
+    def _packed(self, batch: ScoringBatch, step: int) -> Prepared:
         scoring = self.pack(whole_samples(batch)) if self._passes(step) and not self.pruners.early else []
         return Prepared(batch, scoring)
 
@@ -110,13 +116,13 @@ class Loop:
         return microbatches(samples, self.shapes, self.row_length, jax.process_count(), weight)
 
     def _prepared(self, step: int, last: int) -> Prepared:
-        """This step's batch, and the next one's on its way; on several hosts packing needs agreement, so it is done here."""
-        if jax.process_count() > 1:
-            return self.prepare(step)
-        ready = self._next[1] if self._next and self._next[0] == step else self._thread.submit(self.prepare, step)
-        prepared = ready.result()
-        self._next = (step + 1, self._thread.submit(self.prepare, step + 1)) if step + 1 < last else None
-        return prepared
+        """This step's batch, and the next one's on its way; on several hosts, which agree on its rows, it is read ahead and packed here."""
+        alone = jax.process_count() == 1
+        ahead = self.prepare if alone else self._read
+        ready = self._next[1] if self._next and self._next[0] == step else self._thread.submit(ahead, step)
+        found = ready.result()
+        self._next = (step + 1, self._thread.submit(ahead, step + 1)) if step + 1 < last else None
+        return found if alone else self._packed(found, step)
 
     def token_scores(self, prepared: Prepared) -> Scores:
         """The pruners' signals [N, T] of the global batch under the current weights: launched, not waited for.
@@ -190,7 +196,7 @@ class Loop:
         Returns: (metrics, EU record columns or None for full data).
         Raises QtjaxError when the loss is not finite; the state is then not to be saved.
         """
-        clock = Clock()
+        clock = self.clock = Clock()
         chosen, self.following = self.following, None
         if chosen is None:
             assert not (self.lag and step > self.warmup), f"step {step + 1}: the scores of the step before are gone"
@@ -266,33 +272,26 @@ class Loop:
     def pending(self) -> dict[str, Any] | None:
         """What a checkpoint needs beside the state: with prune.score_lag 1 the next batch's signals, float32 [B, T], whose
         weights are gone (without the padding to the number of devices, so that any mesh can read them); InfoBatch's memory; the
-        scores that prune.score_every keeps.
+        scores that prune.score_every keeps. All of it numpy, the same on every process: it never lies on a device.
         """
         out: dict[str, Any] = {}
         if self.following is not None and self.following.scored.decision is not None:
             own = self.plan.batch_size // self.plan.process_count
             parts = (all_rows(local_rows(self.mesh, each)[:own]) for each in self.following.scored.scores)
             out |= dict(zip(self.pruners.signals, parts))
-        if self.epochs is not None:
-            out["epochs"] = self.epochs.tree()
-        out |= self._kept_scores()
-        out = jax.tree.map(np.array, out)  # a copy: what is kept goes on changing while it is written
-        return jax.device_put(out, replicated(self.mesh)) if out else None
+        return jax.tree.map(np.array, out | self._kept()) or None  # a copy: what is kept goes on changing while it is written
 
     def pending_shape(self, step: int, last: int) -> dict[str, Any] | None:
-        """What `pending` holds after `step` of `last` steps."""
+        """Arrays of the shapes and types of what `pending` holds after `step` of `last` steps."""
         out: dict[str, Any] = {}
         if self.lag and self.warmup <= step < last:
             out |= dict.fromkeys(self.pruners.signals, np.zeros((self.plan.batch_size, self.config.data.max_length), np.float32))
-        if self.epochs is not None:
-            out["epochs"] = self.epochs.tree()
-        out |= self._kept_scores()
-        described = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(self.mesh))  # noqa: E731
-        return jax.tree.map(described, out) or None
+        return out | self._kept() or None
 
-    def _kept_scores(self) -> dict[str, Any]:
-        kept = {} if self.store is None else self.store.tree()
-        return {"store": kept} if kept else {}
+    def _kept(self) -> dict[str, Any]:
+        plan = {} if self.epochs is None else {"epochs": self.epochs.tree()}
+        scores = {} if self.store is None else self.store.tree()
+        return plan | ({"store": scores} if scores else {})
 
     def resume(self, step: int, last: int, pending: dict[str, Any] | None) -> None:
         """Goes on after `step` steps with what `pending` gave then; `state` is set by the caller."""

@@ -1,5 +1,6 @@
 """Every compiled program of a run, compiled before the first step: after that a new shape is an error, not a stall."""
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from qtjax import models
 from qtjax.config import PruneSection
 from qtjax.parallel import batch_sharding, replicated
 from qtjax.training.memory import COMPILING
@@ -21,6 +23,7 @@ from qtjax.training.step import Decision, accumulate, choose_early, decide, plac
 from qtjax.tree import Tree
 
 Shapes = Any  # a tree of jax.ShapeDtypeStruct
+_TRACING = threading.Lock()  # flax changes a module's class while it builds one: two threads at once, now and then one fails
 
 
 def rows_shape(mesh: Mesh, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -39,8 +42,9 @@ def batch_shape(mesh: Mesh, samples: int, length: int, needs: Pruners) -> dict[s
     return out | {name: jax.ShapeDtypeStruct((samples,), kind, sharding=by_row) for name, kind in flat.items()}
 
 
-def _score(subject: Subject, mesh: Mesh, rater: str, trainable: Tree, frozen: Tree, rows: dict[str, jax.Array]):
+def _score(subject: Subject, mesh: Mesh, rater: str, int8: bool, trainable: Tree, frozen: Tree, rows: dict[str, jax.Array]):
     params, overlay = subject.join(trainable, frozen)
+    params = models.int8_layers(params) if int8 else params
     given = (subject.config, params, overlay, rows | {"loss_mask": rows["weights"] > 0})
     if rater:
         return rated_rows(*given, rater, mesh, rows["task_ids"])
@@ -81,16 +85,21 @@ def program_jobs(
     jobs: dict[str, Callable[[], Any]] = {}
     needs = pruners(prune)
     scoring = subject
-    if prune.score_dtype:
+    if prune.score_dtype not in ("", "int8"):
         scoring = replace(subject, config=replace(subject.config, dtype=prune.score_dtype))
 
     def job(name: str, function: Callable, *arguments: Shapes, **options: Any) -> None:
-        jobs[name] = lambda: jax.jit(function, **options).lower(*arguments).compile()
+        def compiled() -> Any:
+            with _TRACING:
+                lowered = jax.jit(function, **options).lower(*arguments)
+            return lowered.compile()
+
+        jobs[name] = compiled
 
     for rows in shapes:
         packed = rows_shape(mesh, rows, row_length)
         if needs.passes:
-            scored = partial(_score, scoring, mesh, needs.token.rater)
+            scored = partial(_score, scoring, mesh, needs.token.rater, prune.score_dtype == "int8")
             job(f"score {rows}", scored, trainable, frozen, packed, out_shardings=by_row)
         job(
             f"accumulate {rows}", partial(_accumulate, subject, mesh, loss), trainable, frozen, gradients, scalar, packed, key,
@@ -110,9 +119,9 @@ def program_jobs(
         batch = batch_shape(mesh, samples, max_length, needs)
         step_key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere)
         if needs.early and needs.passes:
-            job("choose", partial(choose_early, prune), batch, step_key, out_shardings=everywhere)
+            job("choose", partial(choose_early, prune, mesh=mesh), batch, step_key, out_shardings=everywhere)
         out = Decision(*[everywhere] * len(Decision._fields))._replace(tokens=by_row)
-        job("decide", partial(decide, prune), dict(zip(needs.signals, signals)), batch, step_key, out_shardings=out)
+        job("decide", partial(decide, prune, mesh=mesh), dict(zip(needs.signals, signals)), batch, step_key, out_shardings=out)
 
     def zeros() -> tuple[Tree, jax.Array]:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable), jnp.float32(0)

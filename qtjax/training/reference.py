@@ -2,7 +2,8 @@
 compare with (prune.reference_model), or a smaller model whose scores stand for the trained one's (prune.score_model)."""
 
 import hashlib
-import io
+import json
+import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,15 +12,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from qtjax.atomic import disk_errors, write_atomic
+from qtjax.atomic import disk_errors, sync_folder, write_all, write_json
 from qtjax.checkpoints import load_pretrained, read_config, resolve_folder
 from qtjax.config import Config
 from qtjax.data.dataset import TokenizedDataset
-from qtjax.data.packing import Sample
 from qtjax.data.progress import LateProgress
 from qtjax.data.tokenizer import load_tokenizer
 from qtjax.errors import QtjaxError
+from qtjax.evals.loss import whole_sequences
 from qtjax.evals.rows import scored_rows
+from qtjax.parallel import first_alone, wait_for_all
+
+
+_BLOCK = 1 << 22  # bytes written at a time
 
 
 def check_other_model(config: Config, field: str, tokenizer: Any) -> None:
@@ -39,8 +44,8 @@ def check_other_model(config: Config, field: str, tokenizer: Any) -> None:
 
 
 class OtherScores(NamedTuple):
-    """scores float32 [signals, total]: every token's nll and entropy (nats), and a rating where one was asked for; 0 where it
-    is no target. seconds: what the pass took, without compilation."""
+    """scores float32 [signals, total], memory-mapped: every token's nll and entropy (nats), and a rating where one was asked
+    for; 0 where it is no target. seconds: what the pass took, without compilation."""
 
     scores: np.ndarray
     seconds: float
@@ -49,41 +54,78 @@ class OtherScores(NamedTuple):
 def other_model_scores(config: Config, field: str, dataset: TokenizedDataset, mesh: Mesh, folder: Path, rater: str = "") -> OtherScores:
     """The data set under the model that `field` names; with a rater also its rating.
 
-    Kept in `folder` under a name made of the data's fingerprint, the model's path and its files' sizes and times, so that a
-    resumed run reads it back.
+    All processes share the work. What they find is the first one's to write, into a file in `folder` under a name made of the
+    data's fingerprint, the model's path and its files' sizes and times; the others, and a resumed run, read it there.
     """
     path = config.flat()[field]
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(resolve_folder(path)).iterdir()) if f.is_file()]
     name = hashlib.sha256(f"{dataset.fingerprint} {path} {files} {rater}".encode()).hexdigest()[:16]
-    file = folder / f"{field.partition('.')[2]}-{name}.npz"
-    out = np.zeros((3 if rater else 2, len(dataset.input_ids)), np.float32)
-    if file.is_file():
-        with disk_errors(file, "reading"), np.load(file, allow_pickle=False) as kept:
-            found = OtherScores(kept["scores"], float(kept["seconds"]))
-        if found.scores.shape == out.shape:
-            return found
+    file = folder / f"{field.partition('.')[2]}-{name}.npy"
+    shape = (3 if rater else 2, len(dataset.input_ids))
+    # Process 0 looks for all: where one read and another computed, they would wait for each other for ever.
+    if first_alone("look for kept scores", lambda: "there" if _read(file, shape) else "") != "there":
+        _score(config, path, dataset, mesh, file, shape, rater)
+        wait_for_all(f"score with {path}")
+    found = _read(file, shape)
+    if found is None:
+        raise QtjaxError(f"{file}: was written and cannot be read; {folder} must lie on a disk that all processes share")
+    return found
+
+
+def _seconds(file: Path) -> Path:
+    return file.with_suffix(".json")
+
+
+def _read(file: Path, shape: tuple[int, int]) -> OtherScores | None:
+    """None where there is no such file, or another one."""
+    try:
+        scores, seconds = np.load(file, mmap_mode="r", allow_pickle=False), json.loads(_seconds(file).read_text())["seconds"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return OtherScores(scores.view(np.ndarray), float(seconds)) if scores.shape == shape and scores.dtype == np.float32 else None
+
+
+def _score(config: Config, path: str, dataset: TokenizedDataset, mesh: Mesh, file: Path, shape: tuple[int, int], rater: str) -> None:
+    """One pass of the model at `path` over all samples; process 0 writes `file`, whole or not at all."""
     m = config.model
-    shape, params = load_pretrained(path, m.dtype, mesh=mesh, param_dtype=m.param_dtype)
-    samples = [Sample(ids, mask, np.arange(len(ids), dtype=np.int32)) for ids, mask, _ in map(dataset.sample, range(len(dataset)))]
+    model_config, params = load_pretrained(path, m.dtype, mesh=mesh, param_dtype=m.param_dtype)
     row_length = config.train.row_length or config.data.max_length
-    with LateProgress(f"scoring with {path}", len(dataset)) as bar:
-        launches = scored_rows(
-            shape, params, samples, row_length=row_length, rows=config.train.rows, mesh=mesh, rater=rater, progress=bar.advance
-        )
-        launched, begin = 0, time.perf_counter()
-        for packed, scored in launches:
-            launched += 1
-            begin = time.perf_counter() if launched == 1 else begin  # the first one compiles
-            there = packed.loss_mask
-            where = dataset.offsets[packed.sample[there]] + packed.position_ids[there]
-            for signal, scores in zip(out, scored):
-                signal[where] = scores[there]
-    seconds = (time.perf_counter() - begin) * launched / max(launched - 1, 1)
-    if jax.process_index() == 0:
-        data = io.BytesIO()
-        np.savez(data, scores=out, seconds=np.float64(seconds))
-        write_atomic(file, data.getvalue())
-    return OtherScores(out, seconds)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with disk_errors(file), LateProgress(f"scoring with {path}", len(dataset)) as bar:
+            # With all its room from the start: a disk that fills up under a mapped file kills the process without a word.
+            out = _reserved(temporary, shape) if jax.process_index() == 0 else None
+            launches = scored_rows(
+                model_config, params, whole_sequences(dataset), row_length=row_length, rows=config.train.rows, mesh=mesh, rater=rater,
+                progress=bar.advance,
+            )  # fmt: skip
+            launched, begin = 0, time.perf_counter()
+            for packed, scored in launches:
+                launched += 1
+                begin = time.perf_counter() if launched == 1 else begin  # the first one compiles
+                there = packed.loss_mask
+                where = dataset.offsets[packed.sample[there]] + packed.position_ids[there]
+                for signal, scores in zip(out if out is not None else (), scored):
+                    signal[where] = scores[there]
+            seconds = (time.perf_counter() - begin) * launched / max(launched - 1, 1)
+            if out is not None:
+                out.flush()
+                write_json(_seconds(file), {"seconds": seconds})
+                os.replace(temporary, file)
+                sync_folder(file.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _reserved(file: Path, shape: tuple[int, int]) -> np.memmap:
+    """A mapped .npy file of zeros that has its room on the disk. Raises OSError where there is none."""
+    out = np.lib.format.open_memmap(file, "w+", np.float32, shape)
+    with file.open("r+b", buffering=0) as opened:
+        opened.seek(out.offset)
+        for at in range(0, out.nbytes, _BLOCK):
+            write_all(opened.fileno(), bytes(min(_BLOCK, out.nbytes - at)))
+    return out
 
 
 __all__ = ["OtherScores", "check_other_model", "other_model_scores"]

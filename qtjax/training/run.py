@@ -22,11 +22,11 @@ from qtjax.checkpoints.run_state import RunState
 from qtjax.config import Config
 from qtjax.data.dataset import TokenizedDataset
 from qtjax.data.iterate import BatchPlan
-from qtjax.data.prepare import training_data
+from qtjax.data.prepare import keep_training_data
 from qtjax.data.tokenizer import check_vocabulary, load_tokenizer
 from qtjax.errors import QtjaxError
 from qtjax.models import ModelConfig, check_task_ids
-from qtjax.parallel import agree_max, batch_size, make_mesh, round_up
+from qtjax.parallel import agree_max, batch_size, first_alone, make_mesh, round_up
 from qtjax.report.progress import TrainingProgress
 from qtjax.training.ladder import ladder
 from qtjax.training.loop import Loop
@@ -83,11 +83,11 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
             check_other_model(config, field, tokenizer)
     shape = read_config(resolve_folder(config.model.path))
     check_fit(config, shape)
-    dataset = training_data(config.data, tokenizer)
+    dataset = _training_data(config, folder, tokenizer)
     check_tasks(config, shape, dataset)
     console.print(f"data    {dataset.stats.line()}", highlight=False, soft_wrap=True)
     check_vocabulary(tokenizer, shape.vocab_size, dataset.input_ids)
-    held_out = _held_out(config, shape, tokenizer)
+    held_out = _held_out(config, folder, shape, tokenizer)
     row_length = config.train.row_length or config.data.max_length
     plan = BatchPlan(
         len(dataset), config.prune.batch_size, config.train.seed, jax.process_index(), jax.process_count()
@@ -110,7 +110,8 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     compiled = time.perf_counter()
     console.print(
         f"model   {config.model.path}: {model.config.num_hidden_layers} layers, width {model.config.hidden_size};"
-        f" rows {' or '.join(map(str, shapes))} x {row_length}; {programs.count} programs compiled in {compiled - loaded:.0f} s",
+        f" rows {' or '.join(map(str, shapes))} x {row_length}; {programs.count} programs compiled in {compiled - loaded:.0f} s;"
+        f" attention: {model.config.attention}",
         highlight=False, soft_wrap=True,
     )
     loop = Loop(
@@ -125,12 +126,18 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     return Session(config, mesh, tokenizer, dataset, model, held_out, loop, checkpoints, step, steps, seconds)
 
 
-def _held_out(config: Config, shape: ModelConfig, tokenizer: Any) -> evals.HeldOut | None:
+def _training_data(config: Config, folder: RunFolder, tokenizer: Any) -> TokenizedDataset:
+    """Made by the first process, or by an earlier start of the run; all read the same files."""
+    kept = first_alone("prepare the data", lambda: keep_training_data(config.data, tokenizer, folder.tokens).name)
+    return TokenizedDataset.load(folder.tokens / kept)
+
+
+def _held_out(config: Config, folder: RunFolder, shape: ModelConfig, tokenizer: Any) -> evals.HeldOut | None:
     """Held-out data, read before the model so that a mistake in it costs nothing."""
     if not config.data.eval_path and not config.data.eval_fraction:
         return None
     tasks = ("loss", "exact_match") if config.eval.generate_samples else ("loss",)
-    return evals.load_held_out(config, shape, tokenizer, tasks)
+    return evals.load_held_out(config, shape, tokenizer, tasks, scratch=folder.tokens)
 
 
 def check_fit(config: Config, shape: ModelConfig) -> None:
@@ -151,6 +158,11 @@ def check_fit(config: Config, shape: ModelConfig) -> None:
         raise QtjaxError(
             f"model.quantization = {config.model.quantization!r}: full-parameter training cannot update quantised kernels; set it"
             " to none, or train an overlay (overlay.method lora or qlora)"
+        )
+    if config.prune.score_dtype == "int8" and config.model.quantization != "none":
+        raise QtjaxError(
+            f"prune.score_dtype = 'int8': the kernels are packed as {config.model.quantization} already; leave it out, or set"
+            " model.quantization to none"
         )
     if config.overlay.method == "none" and config.model.param_dtype != "float32":
         raise QtjaxError(
@@ -202,7 +214,7 @@ def _resume(
     loop.resume(found.step, last, found.pending)
     folder.cut_back(found.step)
     checkpoints.forget(found.skipped)
-    console.print(f"resume  from step {found.step}", highlight=False)
+    console.print(f"resume  from step {found.step}{''.join(f'; {said}' for said in folder.moved)}", highlight=False, soft_wrap=True)
     return found.step
 
 

@@ -1,9 +1,10 @@
 """The run folder: everything that a run writes, in step with its checkpoints.
 
-    config.json              the resolved config; the folder belongs to it
+    config.json              the resolved config; the folder belongs to it, wherever and on whatever mesh it goes on
     metrics.jsonl            one line a step                             (qtjax/records/metrics.py)
     eu/*.parquet             one row per scored sample and step          (qtjax/records/samples.py)
     tensorboard/             the metrics once more, as event files       (qtjax/records/events.py)
+    tokens/                  the training data, tokenized; may be deleted, a restart then makes it again (qtjax/data/prepare.py)
     checkpoints/ model/ pictures/ compile_cache/                         written by others
     summary.json             present once the run has finished
 
@@ -32,15 +33,21 @@ from qtjax.records.metrics import MetricsLog, scan
 from qtjax.records.samples import SampleShards, read_samples
 
 # Where a run lies and caches does not change what it computes.
-_FREE_FIELDS = ("run.folder", "run.compile_cache")
+_PLACES = ("run.folder", "run.compile_cache")
+# Nor does this, but for rounding: a run that goes on elsewhere may have others, and says so.
+_MACHINE = ("mesh.data", "mesh.fsdp", "mesh.tensor", "model.remat", "model.unroll_layers", "train.keep_checkpoints")
 _RECORDS = ("metrics.jsonl", "eu", "tensorboard", "checkpoints", "summary.json")
 
 
 class RunFolder:
-    """One run's files. Use `open`; close it (or leave its `with` block) to let another process have the folder."""
+    """One run's files. Use `open`; close it (or leave its `with` block) to let another process have the folder.
 
-    def __init__(self, path: Path, lock: int | None, tensorboard: bool):
-        self.path = path
+    moved: what the run has otherwise than before, "mesh.fsdp 8 instead of 1"; said when it goes on, and kept from then on.
+    """
+
+    def __init__(self, path: Path, lock: int | None, config: Config, moved: list[str]):
+        tensorboard = config.run.tensorboard and lock is not None
+        self.path, self.moved, self._config = path, moved, config
         self._lock = lock
         self._tensorboard = tensorboard
         self._metrics: MetricsLog | None = None
@@ -68,16 +75,15 @@ class RunFolder:
                 f"run.folder = {str(path)!r}: no run there (no config.json); train first, or name another folder"
             )
         if not writes:
-            _check_config(path, config)
-            return cls(path, None, False)
+            return cls(path, None, config, _check_config(path, config))
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
         if (path / "config.json").exists():
             _check_is_run(path)  # before a lock file is left in somebody else's folder
-        lock = take_lock(path)
+        lock, moved = take_lock(path), []
         try:
             if (path / "config.json").exists() and _begun(path):
-                _check_config(path, config)
+                moved = _check_config(path, config)
             elif (path / "config.json").exists():
                 # The run before this one ended before its first step (a typo in a path, say): nothing depends on its config.
                 write_atomic(path / "config.json", configs.to_json(config))
@@ -89,7 +95,7 @@ class RunFolder:
                         " they are; choose another run.folder"
                     )
                 write_atomic(path / "config.json", configs.to_json(config))
-            return cls(path, lock, config.run.tensorboard)
+            return cls(path, lock, config, moved)
         except BaseException:
             os.close(lock)
             raise
@@ -101,6 +107,11 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def tokens(self) -> Path:
+        """Where the tokenized data lie, and what else is too large for memory."""
+        return self.path / "tokens"
 
     @property
     def model(self) -> Path:
@@ -137,6 +148,8 @@ class RunFolder:
         self._metrics.cut_back(step)
         self._samples.cut_back(step)
         self._start_events()
+        if self.moved:
+            write_atomic(self.path / "config.json", configs.to_json(self._config))
 
     def _start_events(self) -> None:
         if self._tensorboard:
@@ -249,12 +262,16 @@ def _check_is_run(path: Path) -> None:
         raise QtjaxError(f"run.folder = {str(path)!r}: its config.json is not a run's (a model folder?); choose another run.folder")
 
 
-def _check_config(path: Path, config: Config) -> None:
-    """Raises QtjaxError naming the fields in which the folder's config.json differs from `config`."""
+def _check_config(path: Path, config: Config) -> list[str]:
+    """What of _MACHINE is other here than in the folder's config.json, in words.
+
+    Raises QtjaxError naming the fields in which they differ and may not.
+    """
     _check_is_run(path)
     stored = {f"{s}.{k}": v for s, section in _read_json(path / "config.json").items() for k, v in section.items()}
     here = config.flat()
-    names = [n for n in {**here, **stored} if n not in _FREE_FIELDS]
+    names = [n for n in {**here, **stored} if n not in _PLACES and (n not in stored or n not in here or stored[n] != here[n])]
+    moved = [n for n in names if n in _MACHINE and n in stored and n in here]
     differing = [
         f"{n} is {stored[n]!r} there, {here[n]!r} here"
         if n in stored and n in here
@@ -262,13 +279,14 @@ def _check_config(path: Path, config: Config) -> None:
         if n in stored
         else f"{n} is no field there, {here[n]!r} here"
         for n in names
-        if n not in stored or n not in here or stored[n] != here[n]
+        if n not in moved
     ]
     if differing:
         raise QtjaxError(
             f"run.folder = {str(path)!r}: belongs to another config: {'; '.join(differing)}; choose another run.folder,"
             " or set these back to continue that run"
         )
+    return [f"{n} {here[n]} instead of {stored[n]}" for n in moved]
 
 
 def take_lock(path: Path) -> int:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from qtjax import models
 from qtjax.config import PruneSection
+from qtjax.parallel import replicated
 from qtjax.pruning import Candidates, SampleChoice, Targets, choose_tokens, sample_pruner, spearman
 from qtjax.scoring import head_loss_and_nll, sample_scores
 from qtjax.training.optimizer import global_norm, passed
@@ -49,26 +50,47 @@ class Decision(NamedTuple):
     spearman: Array
 
 
-def choose(prune: PruneSection, batch: Rows, key: Array, perplexity: Array, entropy: Array) -> SampleChoice:
-    """Stage 1. `batch` and `key` as in `decide`; perplexity and entropy float32 [N], NaN where nothing was scored."""
-    candidates = Candidates(
-        perplexity, entropy, batch["targets"].sum(axis=1, dtype=jnp.int32), batch["valid"], _draws(key, 0, batch["index"])
-    )
+def choose(prune: PruneSection, samples: Rows, key: Array, mesh: Mesh | None = None) -> SampleChoice:
+    """Stage 1, done by every device on its own. Args: samples: as `gather_samples` gives them; others as in `decide`."""
+    candidates = Candidates(*(samples[name] for name in ("perplexity", "entropy", "count", "valid")), _draws(key, 0, samples["index"]))
     options: dict[str, Any] = {"policy": prune.policy, "supplement": prune.supplement, "corners": prune.corners}
-    if "planned" in batch:
-        options |= {"planned_keep": batch["planned"] > 0, "planned_weight": batch["planned"]}
+    if "planned" in samples:
+        options |= {"planned_keep": samples["planned"] > 0, "planned_weight": samples["planned"]}
     pruner = sample_pruner(prune.sample_pruner)
-    return pruner.choose(candidates, prune.sample_keep, **{name: options[name] for name in pruner.options})
+    choice = pruner.choose(candidates, prune.sample_keep, **{name: options[name] for name in pruner.options})
+    # Said of what comes out too, or XLA cuts the sorts by row because the tokens are, and gathers after each.
+    return choice if mesh is None else jax.lax.with_sharding_constraint(choice, replicated(mesh))
 
 
-def choose_early(prune: PruneSection, batch: Rows, key: Array) -> Array:
+def gather_samples(batch: Rows, perplexity: Array | None = None, entropy: Array | None = None, mesh: Mesh | None = None) -> Rows:
+    """What stage 1 knows, whole on every device: perplexity and entropy float32 [N] (None: NaN), count int32 [N], and of
+    `decide`'s batch valid, index and planned.
+
+    A sample is five or six numbers; they are packed into one array, so that one all-gather brings them all.
+    """
+    count = batch["targets"].sum(axis=1, dtype=jnp.int32)
+    perplexity, entropy = (jnp.full(count.shape, jnp.nan) if each is None else each for each in (perplexity, entropy))
+    known = {name: batch[name] for name in ("valid", "index", "planned") if name in batch}
+    columns = {"perplexity": perplexity, "entropy": entropy, "count": count} | known
+    if mesh is None:
+        return columns
+    bits = [x.astype(jnp.int32) if x.dtype == bool else jax.lax.bitcast_convert_type(x, jnp.int32) for x in columns.values()]
+    whole = jax.lax.with_sharding_constraint(jnp.stack(bits), replicated(mesh))
+    return {
+        name: row != 0 if x.dtype == bool else jax.lax.bitcast_convert_type(row, x.dtype) for (name, x), row in zip(columns.items(), whole)
+    }
+
+
+def choose_early(prune: PruneSection, batch: Rows, key: Array, *, mesh: Mesh | None = None) -> Array:
     """bool [N], stage 1 of a sample pruner that needs no scores."""
-    nothing = jnp.full(batch["valid"].shape, jnp.nan)
-    return choose(prune, batch, key, nothing, nothing).keep
+    return choose(prune, gather_samples(batch, mesh=mesh), key, mesh).keep
 
 
-def decide(prune: PruneSection, scores: dict[str, Array], batch: Rows, key: Array) -> Decision:
+def decide(prune: PruneSection, scores: dict[str, Array], batch: Rows, key: Array, *, mesh: Mesh | None = None) -> Decision:
     """Both stages over the global scoring batch: of Q-Tuning arXiv 2509.23873, Algorithm 1 and eq. 7.
+
+    Token scores stay on the devices that hold their rows; only a token pruner whose budget is one for the whole batch
+    (token-cleaning) brings them together.
 
     Args:
       scores: float32 [N, T] by signal: nll and entropy in nats, attention (a rating, high is good) where the token
@@ -76,17 +98,15 @@ def decide(prune: PruneSection, scores: dict[str, Array], batch: Rows, key: Arra
       batch: targets, closing bool [N, T]; valid bool [N], False = padding; index int32 [N], the sample's place in the
         data set; planned float32 [N], InfoBatch's weights; reference float32 [N, T], nll under the reference model.
       key: uint32 [2], the step's own: a sample's draws depend on it and on the sample's index, not on its place.
+      mesh: what the rows [N, ...] are cut over; None: one device.
     """
     with_scores, targets = pruners(prune), batch["targets"]
-    count = targets.sum(axis=1, dtype=jnp.int32)
-    perplexity = entropy = jnp.full(count.shape, jnp.nan)
-    if with_scores.scores:
-        perplexity, entropy = sample_scores(scores["nll"], scores["entropy"], targets)[:2]
+    measured = sample_scores(scores["nll"], scores["entropy"], targets)[:2] if with_scores.scores else ()
+    samples = gather_samples(batch, *measured, mesh=mesh)
+    choice = choose(prune, samples, key, mesh)
+    perplexity, entropy = samples["perplexity"], samples["entropy"]
     if with_scores.early:
-        choice = choose(prune, batch, key, *[jnp.full(count.shape, jnp.nan)] * 2)
         perplexity, entropy = (jnp.where(choice.keep, each, jnp.nan) for each in (perplexity, entropy))
-    else:
-        choice = choose(prune, batch, key, perplexity, entropy)
     tokens = targets & choice.keep[:, None]
     if prune.token_pruner != "none":
         scope = token_scope(prune, with_scores.sample.quadrants)
@@ -102,8 +122,8 @@ def decide(prune: PruneSection, scores: dict[str, Array], batch: Rows, key: Arra
         )  # fmt: skip
         tokens &= chosen | ~pruned[:, None]
     return Decision(
-        perplexity, entropy, count, choice.eligible, choice.keep, choice.weight, choice.quadrant, choice.median_quadrant,
-        choice.supplement, tokens, tokens.sum(axis=1), choice.level, spearman(perplexity, entropy, batch["valid"]),
+        perplexity, entropy, samples["count"], choice.eligible, choice.keep, choice.weight, choice.quadrant, choice.median_quadrant,
+        choice.supplement, tokens, tokens.sum(axis=1), choice.level, spearman(perplexity, entropy, samples["valid"]),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from qtjax.config import Config, PruneSection
 from qtjax.data.prepare import training_rows
 from qtjax.errors import QtjaxError
 from qtjax.overlays import Overlay, method_named
-from qtjax.parallel import wait_for_all
+from qtjax.parallel import check_shared, first_alone
 from qtjax.report.pictures import draw_run
 from qtjax.report.table import summary_table
 from qtjax.report.totals import totals
@@ -52,12 +52,15 @@ def run(config: Config, console: Console, *, quiet: bool = False) -> dict[str, A
 
 def _opened(config: Config) -> RunFolder:
     """The run folder; of several processes the first makes it, and the others find it on a disk that all of them share."""
-    if jax.process_index() == 0:
-        folder = RunFolder.open(config)
-        wait_for_all("run folder")
-        return folder
-    wait_for_all("run folder")
-    return RunFolder.open(config, writes=False)
+    mine: list[RunFolder] = []
+
+    def make() -> str:
+        mine.append(RunFolder.open(config))
+        return ""
+
+    first_alone("open the run folder", make)
+    check_shared("run.folder", Path(config.run.folder))
+    return mine[0] if mine else RunFolder.open(config, writes=False)
 
 
 def _train(config: Config, folder: RunFolder, console: Console, begin: float, quiet: bool) -> dict[str, Any]:
@@ -178,7 +181,7 @@ def _speed_up(session: Session, seconds: Mapping[str, float]) -> dict[str, Any] 
 
 def provenance(session: Session, folder: RunFolder) -> dict[str, dict[str, int]] | None:
     """Rows seen and kept by what the data say of how each came about; None if they say nothing."""
-    rows = training_rows(session.config.data)
+    rows = training_rows(session.config.data, folder.tokens)
     if not len(rows) or "provenance" not in rows[0] or not session.loop.pruners.decides:
         return None
     origin = {int(index): rows[i]["provenance"] for i, index in enumerate(rows.index)}

@@ -1,8 +1,7 @@
 """Small Hugging Face folders written with safetensors alone, names spelled out by hand."""
 
 import json
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -70,19 +69,3 @@ class HFFolder:
 def hf_folder(tmp_path) -> Callable[..., HFFolder]:
     """hf_folder(field=value, ...) -> HFFolder, not written yet."""
     return lambda **changes: HFFolder(tmp_path / "model", **changes)
-
-
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
-    """small_disk("64k") -> an empty file system of that size; the test is skipped where mounting is not allowed."""
-    disk = tmp_path / "disk"
-
-    def mount(size: str) -> Path:
-        disk.mkdir()
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True).returncode:
-            pytest.skip("may not mount a small file system here")
-        return disk
-
-    yield mount
-    if disk.is_mount():
-        subprocess.run(["umount", "-l", str(disk)], check=True)  # lazily: a failed save may still hold a file open

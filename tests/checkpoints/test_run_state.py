@@ -43,6 +43,26 @@ def test_a_part_is_restored_alone(tmp_path):
     state.close()
 
 
+def test_what_stays_on_the_host_is_read_back_there(tmp_path):
+    """Numpy arrays beside the state are written and read back bit by bit as numpy arrays, also out of a checkpoint that has
+    them as arrays of devices."""
+    kept = {"nll": np.arange(6, dtype=np.float32) / 7, "plan": {"weight": np.ones(3, np.float32), "epoch": np.int32(4)}}
+    state = RunState(tmp_path / "checkpoints")
+    state.save(1, tree(1), {"step": 1}, kept)
+    state.wait()
+    read = [state.restore(tree(0), pending=lambda step: kept)]
+    state.save(2, tree(2), {"step": 2}, jax.tree.map(jnp.asarray, kept))
+    state.wait()
+    read.append(state.restore(tree(0), pending=lambda step: kept))
+    state.close()
+    assert [found.step for found in read] == [1, 2]
+    for found in read:
+        assert jax.tree.structure(found.pending) == jax.tree.structure(kept)
+        for a, b in zip(jax.tree.leaves(found.pending), jax.tree.leaves(kept)):
+            assert isinstance(a, np.ndarray) and a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("free", [400_000, 0])
 def test_a_disk_that_fills_up_costs_one_checkpoint_and_not_the_ones_before(small_disk, free):
     """ENOSPC while the background thread writes (400 kB free) or at the first folder (none): one line that names step and

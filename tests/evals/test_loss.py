@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qtjax.data.dataset import DataStats, assemble
-from qtjax.evals import held_out_loss, likelihood
+from qtjax.evals import held_out_loss, likelihood, rows
 from qtjax.evals.loss import whole_sequences
 from qtjax.evals.rows import _token_scores
 
@@ -41,6 +41,18 @@ def test_packed_loss_equals_sample_by_sample(model, dataset, token_nll):
     each = likelihood(*model, whole_sequences(dataset, range(11)), row_length=48, rows=3)
     np.testing.assert_allclose(each.nll, [s for s, _ in per_sample], rtol=1e-5, atol=1e-5)
     assert each.targets.tolist() == [n for _, n in per_sample]
+
+
+def test_samples_are_packed_some_at_a_time(model, dataset, monkeypatch):
+    """Four at a time, each made when it is asked for: every sample once, with the sums that all at once have."""
+    whole, asked = likelihood(*model, whole_sequences(dataset), row_length=48, rows=3), []
+    monkeypatch.setattr(rows, "TOGETHER", 4)
+    monkeypatch.setattr(type(dataset), "sample", lambda self, i, true=type(dataset).sample: asked.append(i) or true(self, i))
+    done = []
+    some = likelihood(*model, whole_sequences(dataset), row_length=48, rows=3, progress=done.append)
+    np.testing.assert_allclose(some.nll, whole.nll, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(some.targets, whole.targets)
+    assert sum(done) == 11 and asked[-3:] == [8, 9, 10] and len(asked) == 15  # the first four twice, to choose the shape
 
 
 def test_other_parameters_and_other_samples_compile_nothing(model, dataset):

@@ -1,4 +1,4 @@
-"""On a mesh of 8 devices the fused head gives the numbers of one device, each device working on its own targets."""
+"""On a mesh of 8 devices the fused head gives the numbers of one device, on its own targets and its own part of the vocabulary."""
 
 
 SCRIPT = """
@@ -26,9 +26,10 @@ for shape, layout, chunk in (((8, 1, 1), "dv", 3), ((2, 2, 2), "dv", 3), ((2, 2,
     h, y, w = put(hidden, rows), put(labels, rows), put(weights, rows)
     kernel, spec = (head, ("fsdp", "tensor")) if layout == "dv" else (head.T, ("tensor", "fsdp"))
     k = put(kernel, *spec)
-    one = jax.value_and_grad(partial(head_loss, chunk=chunk, layout=layout), (0, 1, 3))
-    many = jax.jit(jax.value_and_grad(partial(head_loss, chunk=chunk, layout=layout, mesh=mesh), (0, 1, 3)))
-    close(one(hidden, kernel, labels, weights), many(h, k, y, w))
+    for loss in ("plain", "dft", "eaft"):
+        one = jax.value_and_grad(partial(head_loss, chunk=chunk, layout=layout, loss=loss), (0, 1, 3))
+        many = jax.jit(jax.value_and_grad(partial(head_loss, chunk=chunk, layout=layout, loss=loss, mesh=mesh), (0, 1, 3)))
+        close(one(hidden, kernel, labels, weights), many(h, k, y, w))
     close(
         token_scores(hidden.reshape(-1, D), kernel, labels.reshape(-1), weights.reshape(-1) > 0, chunk=chunk, layout=layout),
         token_scores(h.reshape(-1, D), k, y.reshape(-1), w.reshape(-1) > 0, chunk=chunk, layout=layout, mesh=mesh),
@@ -36,6 +37,10 @@ for shape, layout, chunk in (((8, 1, 1), "dv", 3), ((2, 2, 2), "dv", 3), ((2, 2,
     assert not any(np.any(x) for x in jax.tree.leaves(many(h, k, y, w * 0)))
 
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+text = jax.jit(jax.value_and_grad(partial(head_loss, mesh=mesh), (0, 1))).lower(put(hidden, rows), put(head, "fsdp", "tensor"), y, w).compile().as_text()
+assert "f32[16,20]" in text and "f32[16,40]" not in text, "the kernel was gathered along its vocabulary"
+bad = jax.device_put(labels.at[5, 0].set(V), NamedSharding(mesh, P(rows)))
+assert np.isnan(head_loss(put(hidden, rows), put(head, "fsdp", "tensor"), bad, put(weights.at[5, 0].set(1), rows), mesh=mesh))
 frozen = str(jax.make_jaxpr(jax.grad(partial(head_loss, mesh=mesh)))(hidden, head, labels, weights))
 assert frozen.count("dot_general[") == 2, frozen.count("dot_general[")
 for rows, axes, message in ((6, ("data", "fsdp"), "must be a multiple of 4"), (8, ("data", "model"), "no axis 'model'")):
@@ -45,6 +50,12 @@ for rows, axes, message in ((6, ("data", "fsdp"), "must be a multiple of 4"), (8
         assert message in str(error) and "\\n" not in str(error), error
     else:
         raise AssertionError("no error")
+try:
+    head_loss(hidden, head[:, :39], labels, weights, mesh=mesh)
+except QtjaxError as error:
+    assert "vocabulary of 39 must be a multiple of 2" in str(error), error
+else:
+    raise AssertionError("no error")
 print("equal")
 """
 

@@ -34,6 +34,7 @@ def test_scores_are_taken_every_second_epoch_and_used_again_in_between(opened):
         indices, nll = signals_of(loop, step)
         assert [i for i, row in zip(indices.tolist(), nll) if not np.array_equal(row, first[i])] == []
         assert loop.step(step, last)[0]["scored_tokens"] == 0
+    assert all(type(x) is np.ndarray for x in jax.tree.leaves(loop.pending()))  # no device holds what is kept
     indices, nll = signals_of(loop, 6)
     assert loop.step(6, last)[0]["scored_tokens"] > 0
     assert all(not np.array_equal(row, first[i]) for i, row in zip(indices.tolist(), nll))
@@ -82,7 +83,7 @@ def test_another_model_scores_once_and_no_step_scores_again(opened, tiny_model, 
     before = signals_of(loop, 1)[1]
     assert loop.step(0, session.total_steps)[0]["scored_tokens"] == 0
     np.testing.assert_array_equal(signals_of(loop, 1)[1], before)
-    assert not loop.programs.score and len(list((opened.root / "other").glob("score_model-*.npz"))) == 1
+    assert not loop.programs.score and len(list((opened.root / "other").glob("score_model-*.npy"))) == 1
     assert session.seconds["other_models"] > 0
     monkeypatch.setattr(reference, "load_pretrained", None)  # read back, not scored again
     kept = reference.other_model_scores(loop.config, "prune.score_model", loop.dataset, loop.mesh, opened.root / "other")
@@ -126,6 +127,17 @@ def test_the_scoring_pass_has_its_own_dtype(opened):
     alone = np.asarray(score_rows(config, exact.loop.state.trainable, None, rows)[0])[0]
     np.testing.assert_allclose(found[i], alone, atol=0.03)  # another row's layout rounds elsewhere
     assert {leaf.dtype for leaf in jax.tree.leaves(coarse.loop.state.trainable)} == {np.dtype("float32")}
+
+
+def test_the_scoring_pass_can_use_eight_bits(opened):
+    """int8 scores are near the exact ones and not them, and nothing that is trained changes its dtype; a packed base is refused."""
+    exact, coarse = opened(), opened(**{"prune.score_dtype": "int8", "run.folder": str(opened.root / "int8")})
+    (_, expected), (_, found) = (signals_of(session.loop, 0) for session in (exact, coarse))
+    assert 0 < np.abs(found - expected)[exact.loop.prepare(0).batch.targets].max() < 0.1  # codes of 1/127 over two layers
+    assert {leaf.dtype for leaf in jax.tree.leaves(coarse.loop.state.trainable)} == {np.dtype("float32")}
+    packed = {"overlay.method": "lora", "model.quantization": "int8", "prune.score_dtype": "int8", "run.folder": str(opened.root / "packed")}
+    with pytest.raises(QtjaxError, match="score_dtype = 'int8': the kernels are packed"):
+        opened(**packed)
 
 
 @pytest.mark.parametrize(

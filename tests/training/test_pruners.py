@@ -203,7 +203,7 @@ def test_the_reference_is_scored_once_and_read_back(opened, tiny_model, monkeypa
     batch = loop.prepare(0).batch
     np.testing.assert_allclose(batch.reference[batch.targets], nll[batch.targets], rtol=2e-4, atol=2e-5)  # the same model
     folder = opened.root / "run"
-    assert len(list(folder.glob("reference_model-*.npz"))) == 1
+    assert len(list(folder.glob("reference_model-*.npy"))) == 1
     monkeypatch.setattr(reference, "load_pretrained", None)
     found = reference.other_model_scores(loop.config, "prune.reference_model", loop.dataset, loop.mesh, folder)
     np.testing.assert_array_equal(found.scores[0], loop.reference)

@@ -1,0 +1,232 @@
+"""Where a training step's time goes, and what each way of computing it is worth: one change at a time, on one packed microbatch.
+
+    python -m benchmarks.profile                                    # the 15M LLaMA, 8 rows of 512
+    python -m benchmarks.profile --model FOLDER --length 256 --rounds 9 --json profile.json
+
+CPU seconds of the process (all threads) on a CPU, wall clock on an accelerator; medians of rounds in which all variants take turns. "At the
+matrix rate" is what the part's FLOPs would take at the rate of a large product measured in the same run. Every variant's loss and gradient
+are compared with the plain one's before a number is printed.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import machine
+from benchmarks.peers.inputs import SMALL, small_shape
+from qtjax import models
+from qtjax.checkpoints import read_config, resolve_folder
+from qtjax.errors import QtjaxError, door
+from qtjax.flags import parse_flags
+from qtjax.models.attention import rope_tables, rotate
+from qtjax.models.blocks import blockwise, first_slots
+from qtjax.scoring import head_loss, token_scores
+from qtjax.tree import flatten
+
+SEGMENTS = 3  # samples that share a row
+CLOSE = {"float32": 2e-4, "bfloat16": 0.08}  # of a gradient's norm: float32 sums in another order; eight bits of bfloat16 in six layers
+
+
+class Rows(NamedTuple):
+    """One packed microbatch, int32 and float32 [B, L]; the second half of every sample is its answer."""
+
+    input_ids: jax.Array
+    position_ids: jax.Array
+    segment_ids: jax.Array
+    weights: jax.Array
+
+
+def packed_rows(rows: int, length: int, vocab: int) -> Rows:
+    """Random tokens, SEGMENTS samples a row."""
+    size = -(-length // SEGMENTS)
+    slot = np.broadcast_to(np.arange(length), (rows, length))
+    ids = np.random.default_rng(0).integers(0, vocab, (rows, length))
+    as32 = partial(jnp.asarray, dtype=jnp.int32)
+    return Rows(as32(ids), as32(slot % size), as32(1 + slot // size), jnp.asarray(slot % size >= size // 2, jnp.float32))
+
+
+def loss(config: models.ModelConfig, rows: Rows, chunk: int | None, params: Any) -> jax.Array:
+    """qtjax's own: the fused head on the targets alone."""
+    hidden = models.hidden_states(config, params, rows.input_ids, position_ids=rows.position_ids, segment_ids=rows.segment_ids)
+    hidden, kernel, layout = models.readout(config, params, hidden)
+    return head_loss(hidden, kernel, *targets(rows), layout=layout, chunk=chunk)
+
+
+def logits_loss(config: models.ModelConfig, rows: Rows, params: Any) -> jax.Array:
+    """The plain one: logits of every slot, [B, L, V]."""
+    hidden = models.hidden_states(config, params, rows.input_ids, position_ids=rows.position_ids, segment_ids=rows.segment_ids)
+    labels, weights = targets(rows)
+    scores = models.logits(config, params, hidden)
+    picked = jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
+    return jnp.sum(weights * (jax.nn.logsumexp(scores, axis=-1) - picked))
+
+
+def targets(rows: Rows) -> tuple[jax.Array, jax.Array]:
+    """labels and weights at the states that predict them."""
+    return jnp.roll(rows.input_ids, -1, axis=1), jnp.roll(rows.weights, -1, axis=1)
+
+
+def variants(config: models.ModelConfig, rows: Rows) -> dict[str, Callable[[Any], jax.Array]]:
+    """{name: loss(params)}: as qtjax computes it here first, then one change at a time; the last is what a plain step would do."""
+    own = config.replace(attention=models.kernel_of(jax.default_backend(), config.dtype))
+    plain = config.replace(attention="xla")
+    out = {"qtjax": partial(loss, own, rows, None)}
+    out["plain attention ([L, L] per head)"] = partial(loss, plain, rows, None)
+    out["logits of every slot"] = partial(logits_loss, own, rows)
+    out["layers unrolled"] = partial(loss, own.replace(unroll_layers=True), rows, None)
+    out |= {f"remat {name}": partial(loss, own.replace(remat=name), rows, None) for name in ("dots", "full")}
+    out |= {f"head in chunks of {size}": partial(loss, own, rows, size) for size in (128, 2048)}
+    half = own.replace(dtype="bfloat16", attention=models.kernel_of(jax.default_backend(), "bfloat16"))
+    out["bfloat16"] = partial(loss, half, rows, None)
+    out["plain attention and all logits"] = partial(logits_loss, plain, rows)
+    return out
+
+
+def parts(config: models.ModelConfig, rows: Rows, params: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], float]]:
+    """{name: (function, arguments, FLOPs)} of the pieces of one step."""
+    own = config.replace(attention=models.kernel_of(jax.default_backend(), config.dtype))
+    batch, length = rows.input_ids.shape
+    count, wanted = batch * length, float(rows.weights.sum())
+    layers = sum(leaf.size for path, leaf in flatten(params).items() if path.startswith("layers") and path.endswith("kernel"))
+    width = config.hidden_size
+    size = length / SEGMENTS
+    attention = 2 * config.num_hidden_layers * count * size * config.num_attention_heads * config.head_dim  # causal: half of 4
+
+    def states(params):
+        return models.hidden_states(own, params, rows.input_ids, position_ids=rows.position_ids, segment_ids=rows.segment_ids)
+
+    def pulled(params):
+        return jnp.sum(states(params).astype(jnp.float32))
+
+    hidden = jax.jit(states)(params)
+    hidden, kernel, layout = models.readout(own, params, hidden)
+    labels, weights = targets(rows)
+    shape = (batch, length, config.num_attention_heads, config.head_dim)
+    q = jax.random.normal(jax.random.key(0), shape, hidden.dtype)
+    k = q[:, :, : config.num_key_value_heads]
+    rope, first = rope_tables(config, rows.position_ids), first_slots(rows.segment_ids)
+
+    def attended(q, k):
+        return jnp.sum(blockwise(rotate(q, *rope), rotate(k, *rope), k, rows.segment_ids, first, config.sliding_window).astype(jnp.float32))
+
+    flat = (hidden.reshape(-1, hidden.shape[-1]), kernel, labels.reshape(-1), weights.reshape(-1) > 0)
+    head = 2 * wanted * width * config.vocab_size
+    return {
+        "layers, forward": (states, (params,), 2 * count * layers + attention),
+        "layers, forward and backward": (jax.grad(pulled), (params,), 3 * (2 * count * layers + attention)),
+        "  of it attention, one layer": (jax.grad(attended, (0, 1)), (q, k), 3.5 * attention / config.num_hidden_layers),
+        "head, loss and gradients": (jax.grad(partial(head_loss, layout=layout), (0, 1)), (hidden, kernel, labels, weights), 3 * head),
+        "head, nll and entropy": (partial(token_scores, layout=layout), flat, head),
+    }
+
+
+def timer() -> Callable[[], float]:
+    """Seconds that nobody else's work falsifies: of this process's CPUs, or of the wall where an accelerator computes."""
+    return time.process_time if jax.default_backend() == "cpu" else time.perf_counter
+
+
+def take_turns(programs: dict[str, tuple[Any, tuple[Any, ...]]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every program, once a round, after one untimed run."""
+    clock = timer()
+    for program, given in programs.values():
+        jax.block_until_ready(program(*given))
+    spent: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, (program, given) in programs.items():
+            begin = clock()
+            jax.block_until_ready(program(*given))
+            spent[name].append(clock() - begin)
+    return spent
+
+
+def measure(config: models.ModelConfig, batch: int, length: int, rounds: int, console: Console) -> dict[str, Any]:
+    """Both tables' numbers. Raises QtjaxError where a variant's loss or gradient strays from the plain one's."""
+    params = models.init_params(config, jax.random.key(0))
+    rows = packed_rows(batch, length, config.vocab_size)
+    compiled, temporaries = {}, {}
+    for name, function in variants(config, rows).items():
+        console.print(f"[dim]compiling {name}[/dim]", highlight=False)
+        program = jax.jit(jax.value_and_grad(function)).lower(params).compile()
+        compiled[name], temporaries[name] = (program, (params,)), program.memory_analysis().temp_size_in_bytes
+    check({name: program(*given) for name, (program, given) in compiled.items()})
+    own = parts(config, rows, params)
+    pieces = {name: (jax.jit(f).lower(*given).compile(), given) for name, (f, given, _) in own.items()}
+    square = jax.random.normal(jax.random.key(1), (2048, 2048), jnp.dtype(config.dtype))
+    rate = 2 * 2048**3 / statistics.median(take_turns({"matrix": (jax.jit(jnp.matmul), (square, square))}, max(rounds, 5))["matrix"])
+    console.print("[dim]measuring[/dim]")
+    by_variant, by_part = take_turns(compiled, rounds), take_turns(pieces, rounds)
+    base = by_variant["qtjax"]
+    return {
+        "machine": machine(), "jax": jax.__version__, "rows": batch, "length": length, "rounds": rounds, "matrix_flops_per_second": rate,
+        "clock": "CPU seconds" if jax.default_backend() == "cpu" else "seconds", "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "targets": float(rows.weights.sum()),
+        "variants": [
+            {"name": name, "seconds": statistics.median(spent), "ratio": statistics.median(a / b for a, b in zip(spent, base)), "temporaries": temporaries[name]}
+            for name, spent in by_variant.items()
+        ],
+        "parts": [{"name": name, "seconds": statistics.median(spent), "flops": own[name][2]} for name, spent in by_part.items()],
+    }  # fmt: skip
+
+
+def check(results: dict[str, tuple[jax.Array, Any]]) -> None:
+    """Every variant against the plain one: the loss, and the gradient as a whole."""
+    value, slope = results["plain attention and all logits"]
+    norm = float(jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(slope))))
+    for name, (own, gradient) in results.items():
+        bound = CLOSE["bfloat16" if name == "bfloat16" else "float32"]
+        apart = float(jnp.sqrt(sum(jnp.sum(jnp.square(a - b)) for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(slope))))) / norm
+        if not (abs(float(own / value) - 1) < bound and apart < bound):
+            raise QtjaxError(f"{name}: loss {float(own):.6g} against {float(value):.6g}, gradient {apart:.2g} of its norm apart, {bound:g} allowed")
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """Where the time goes; one change at a time."""
+    heading = f"{report['parameters']:,} parameters, {report['rows']} rows x {report['length']}, {report['targets']:,.0f} targets; {report['machine']}"
+    first = Table(title=heading, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left")
+    for name in ("part", report["clock"], "GFLOP", "at the matrix rate"):
+        first.add_column(name, justify="left" if name == "part" else "right")
+    for row in report["parts"]:
+        share = row["flops"] / report["matrix_flops_per_second"] / row["seconds"]
+        first.add_row(row["name"], f"{row['seconds']:.3f}", f"{row['flops'] / 1e9:.1f}", f"{share:.0%}")
+    first.caption = f"matrix rate: {report['matrix_flops_per_second'] / 1e9:.0f} GFLOP/s"
+    second = Table(title="loss and gradient, one change at a time", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left")
+    for name in ("variant", report["clock"], "ratio to qtjax", "temporaries MiB"):
+        second.add_column(name, justify="left" if name == "variant" else "right")
+    for row in report["variants"]:
+        second.add_row(row["name"], f"{row['seconds']:.2f}", f"{row['ratio']:.2f}", f"{row['temporaries'] / 2**20:,.0f}")
+    return [first, second]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    given = parse_flags(
+        "python -m benchmarks.profile", __doc__.splitlines()[0], argv,
+        {
+            "model": (SMALL, f"HF folder (its config.json is read, weights are random), or {SMALL}"), "dtype": ("float32", "compute dtype"),
+            "rows": (8, "packed rows"), "length": (512, "slots of a row"), "rounds": (5, "timed rounds"), "json": ("", "file for the numbers"),
+        },
+    )  # fmt: skip
+    for name in ("rows", "length", "rounds"):
+        if given[name] < 1:
+            raise QtjaxError(f"--{name} {given[name]}: must be 1 or more")
+    config = small_shape() if given["model"] == SMALL else read_config(resolve_folder(given["model"]))
+    console = Console(width=None if Console().is_terminal else 140)
+    report = measure(config.replace(dtype=given["dtype"], param_dtype="float32"), given["rows"], given["length"], given["rounds"], console)
+    for table in tables(report):
+        console.print(table)
+    if given["json"]:
+        Path(given["json"]).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    door(main)

@@ -1,0 +1,201 @@
+"""Attention on a CPU: a block of queries of one head at a time, only the keys that it can see, backward pass included.
+
+On a CPU softmax(q k') of whole rows is bound by memory: [B, H, L, L] is written and read several times. Here [R, S'] of one block
+stays in cache, and what causality, the segments of a packed row or the sliding window hide is not computed.
+
+B batch, L length, H query heads, K key/value heads, G = H / K, C head dim, Q queries of a block, R = G Q its rows, S' the keys it reads.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+
+BLOCK = 128  # slots; at this size [R, S'] of a 512-slot row is 256 KiB a head, and half of a packed row's pairs are skipped
+_HIDDEN = -1e30  # finite, so that a query that sees nothing (padding) gets a finite average
+
+
+class _Shape(NamedTuple):
+    """What is static of one call: window in slots or None, block in slots."""
+
+    window: int | None
+    block: int
+
+
+def blockwise(q_BLHC: Array, k_BLKC: Array, v_BLKC: Array, segment_BL: Array, first_BL: Array, sliding_window: int | None) -> Array:
+    """Softmax attention of every slot to the slots of its own nonzero segment that are not later, within the window.
+
+    Args: segment int [B, L], 0 for padding; first int [B, L]: the first slot of a slot's segment (`first_slots`).
+    Returns: [B, L, H, C] in q's dtype, statistics float32; once differentiable in q, k, v. The scores of one block exist at a
+    time, in the backward pass too, which forms them again from q, k and each row's log of its sum.
+    """
+    length = q_BLHC.shape[1]
+    block = min(BLOCK, length)
+    pad = -length % block
+    if pad:  # padded slots are of segment 0: nobody sees them
+        q_BLHC, k_BLKC, v_BLKC = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q_BLHC, k_BLKC, v_BLKC))
+        segment_BL = jnp.pad(segment_BL, ((0, 0), (0, pad)))
+        first_BL = jnp.concatenate([first_BL, jnp.broadcast_to(jnp.arange(length, length + pad), (len(first_BL), pad))], axis=1)
+    reach = jnp.minimum(first_BL, jnp.arange(length + pad))
+    if sliding_window is not None:
+        reach = jnp.maximum(reach, jnp.arange(length + pad) - sliding_window + 1)
+    lowest = reach.reshape(len(reach), -1, block).min(axis=2) // block  # the first key block that each block of queries reads
+    out = _attend(_Shape(sliding_window, block), q_BLHC, k_BLKC, v_BLKC, segment_BL, lowest.astype(jnp.int32))
+    return out[:, :length]
+
+
+def first_slots(segment_BL: Array) -> Array:
+    """int32 [B, L]: the first slot of the row that holds each slot's segment; a padding slot stands for itself."""
+    slots = jnp.arange(segment_BL.shape[1])
+    first = jnp.argmax(segment_BL[:, :, None] == segment_BL[:, None, :], axis=-1)
+    return jnp.where(segment_BL != 0, first, slots).astype(jnp.int32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(shape: _Shape, q, k, v, segment, lowest):
+    return _forward(shape, q, k, v, segment, lowest)[0]
+
+
+class _Heads:
+    """Arrays of a call laid out by (batch, key/value head), so that loops walk whole heads; [B K, blocks, G Q, C] for queries."""
+
+    def __init__(self, shape: _Shape, q: Array, k: Array):
+        self.block = shape.block
+        (self.batch, self.length, self.heads, self.dim), self.kv_heads = q.shape, k.shape[2]
+        self.blocks, self.group = self.length // self.block, self.heads // self.kv_heads
+        self.extents = _extents(self.blocks)
+
+    def queries(self, x_BLHC: Array) -> Array:
+        """[B K, blocks, G Q, C]"""
+        dim = x_BLHC.shape[-1]
+        x = x_BLHC.reshape(self.batch, self.blocks, self.block, self.kv_heads, self.group, dim).transpose(0, 3, 1, 4, 2, 5)
+        return x.reshape(self.batch * self.kv_heads, self.blocks, self.group * self.block, dim)
+
+    def rows(self, x: Array) -> Array:
+        """The inverse of `queries`."""
+        x = x.reshape(self.batch, self.kv_heads, self.blocks, self.group, self.block, -1).transpose(0, 2, 4, 1, 3, 5)
+        return x.reshape(self.batch, self.length, self.heads, -1)
+
+    def keys(self, x_BLKC: Array) -> Array:
+        """[B K, L, C]"""
+        return x_BLKC.transpose(0, 2, 1, 3).reshape(-1, self.length, self.dim)
+
+    def slots(self, x: Array) -> Array:
+        """[B K, L, C] back to [B, L, K, C]."""
+        return x.reshape(self.batch, self.kv_heads, self.length, self.dim).transpose(0, 2, 1, 3)
+
+    def each(self, x: Array) -> Array:
+        """[B, ...] repeated for every key/value head: [B K, ...]."""
+        return jnp.repeat(x, self.kv_heads, axis=0)
+
+    def choose(self, i: Array, lowest: Array, run: Callable[..., Any], *carry: Any) -> Any:
+        """run(first slot, number of slots, *carry) over the fewest compiled key extents that hold blocks lowest..i."""
+        which = sum((i + 1 - lowest > extent).astype(jnp.int32) for extent in self.extents[:-1])
+        branches = [
+            lambda *carry, extent=extent: run(jnp.maximum(i + 1 - extent, 0) * self.block, extent * self.block, *carry)
+            for extent in self.extents
+        ]
+        return lax.switch(which, branches, *carry) if len(branches) > 1 else branches[0](*carry)
+
+
+def _extents(blocks: int) -> list[int]:
+    """Key extents, in blocks, that are compiled: 1, 2, 3, 4, then about a quarter more each, so that few programs serve long rows."""
+    out, extent = [], 1
+    while extent < blocks:
+        out.append(extent)
+        extent += max(1, extent // 4)
+    return [*out, blocks]
+
+
+def _scores(shape: _Shape, group: int, q_RC: Array, k_SC: Array, queries: tuple[Array, Array], keys: tuple[Array, Array]) -> Array:
+    """float32 [R, S'], `_HIDDEN` where a query does not see a key; queries and keys are (segments, slots) of their sides."""
+    scores = lax.dot_general(q_RC, k_SC, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * q_RC.shape[-1] ** -0.5
+    (own, at), (theirs, slot) = queries, keys
+    distance = at[:, None] - slot[None, :]
+    sees = (distance >= 0) & (own[:, None] == theirs[None, :]) & (theirs != 0)[None, :]
+    if shape.window is not None:
+        sees &= distance < shape.window
+    return jnp.where(jnp.tile(sees, (group, 1)), scores, _HIDDEN)
+
+
+def _forward(shape: _Shape, q, k, v, segment, lowest):
+    heads = _Heads(shape, q, k)
+
+    def head(given):
+        queries_n, k_LC, v_LC, segment_L, lowest_n = given
+
+        def block(given):
+            i, q_RC, low = given
+
+            def run(begin, size):
+                k_SC, v_SC, keys, own = _seen(i, begin, size, heads.block, k_LC, v_LC, segment_L)
+                scores = _scores(shape, heads.group, q_RC, k_SC, own, keys)
+                top = scores.max(axis=1, keepdims=True)
+                p = jnp.exp(scores - top)
+                total = p.sum(axis=1, keepdims=True)
+                y = lax.dot_general(p.astype(v.dtype), v_SC, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+                return (y / total).astype(q.dtype), top + jnp.log(total)
+
+            return heads.choose(i, low, run)
+
+        return lax.map(block, (jnp.arange(heads.blocks), queries_n, lowest_n))
+
+    out, log_sum = lax.map(head, (heads.queries(q), heads.keys(k), heads.keys(v), heads.each(segment), heads.each(lowest)))
+    # Named, so that a remat policy can keep these two and need not run the loop again.
+    out, log_sum = checkpoint_name(heads.rows(out), "attention"), checkpoint_name(log_sum, "attention")
+    return out, (q, k, v, segment, lowest, out, log_sum)
+
+
+def _seen(i: Array, begin: Array, size: int, block: int, k_LC: Array, v_LC: Array, segment_L: Array) -> tuple[Any, ...]:
+    """(keys, values, (segments, slots) of the keys, the same of block i's queries)."""
+    cut = partial(lax.dynamic_slice_in_dim, start_index=begin, slice_size=size)
+    own = lax.dynamic_slice_in_dim(segment_L, i * block, block), i * block + jnp.arange(block)
+    return cut(k_LC), cut(v_LC), (cut(segment_L), begin + jnp.arange(size)), own
+
+
+def _backward(shape: _Shape, kept, dout):
+    q, k, v, segment, lowest, out, log_sum = kept
+    heads = _Heads(shape, q, k)
+    pull = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)  # what the softmax's own slope takes off
+
+    def head(given):
+        queries_n, k_LC, v_LC, segment_L, lowest_n, slopes_n, pulls_n, log_sums_n = given
+
+        def block(carry, given):
+            i, q_RC, low, dy_RC, pull_R1, log_sum_R1 = given
+
+            def run(begin, size, dk_LC, dv_LC):
+                k_SC, v_SC, keys, own = _seen(i, begin, size, heads.block, k_LC, v_LC, segment_L)
+                p = jnp.exp(_scores(shape, heads.group, q_RC, k_SC, own, keys) - log_sum_R1)
+                dp = lax.dot_general(dy_RC, v_SC, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+                ds = (p * (dp - pull_R1) * heads.dim**-0.5).astype(q.dtype)
+                down = partial(lax.dot_general, dimension_numbers=(((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+                dk_LC, dv_LC = _added(dk_LC, begin, down(ds, q_RC)), _added(dv_LC, begin, down(p.astype(q.dtype), dy_RC))
+                dq_RC = lax.dot_general(ds, k_SC, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+                return (dk_LC, dv_LC), dq_RC.astype(q.dtype)
+
+            return heads.choose(i, low, run, *carry)
+
+        zeros = jnp.zeros((heads.length, heads.dim), jnp.float32)
+        items = (jnp.arange(heads.blocks), queries_n, lowest_n, slopes_n, pulls_n, log_sums_n)
+        (dk, dv), dq = lax.scan(block, (zeros, zeros), items)
+        return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+
+    given = (
+        heads.queries(q), heads.keys(k), heads.keys(v), heads.each(segment), heads.each(lowest), heads.queries(dout.astype(q.dtype)),
+        heads.queries(pull), log_sum,
+    )  # fmt: skip
+    dq, dk, dv = lax.map(head, given)
+    return heads.rows(dq), heads.slots(dk), heads.slots(dv), None, None
+
+
+def _added(total_LC: Array, begin: Array, part_SC: Array) -> Array:
+    there = lax.dynamic_slice_in_dim(total_LC, begin, len(part_SC))
+    return lax.dynamic_update_slice_in_dim(total_LC, there + part_SC, begin, axis=0)
+
+
+_attend.defvjp(_forward, _backward)

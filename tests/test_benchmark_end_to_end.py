@@ -1,0 +1,75 @@
+"""The end-to-end benchmark: its arithmetic from hand numbers, its checks, and a whole run on a tiny model."""
+
+import json
+
+import pytest
+
+from benchmarks import end_to_end
+from benchmarks.end_to_end import Spent, check, lines, main, settings
+from qtjax.errors import QtjaxError
+
+
+def spent(cpu, score, tokens, steps=2, kept=8, slots=None):
+    return Spent([cpu] * steps, [2 * cpu] * steps, [score] * steps, tokens * steps, (slots or tokens) * steps, [2.0] * steps, [kept] * steps)
+
+
+def test_the_model_and_the_speed_up_are_those_of_the_numbers():
+    """c = 3/10 and k = 20/100 give 1 / 0.5 = 2; steps of 4 beside 10 CPU seconds are 2.5 times as fast; wall clock is its own."""
+    chosen = settings("12.5x50", "mask")
+    found = {"full data": spent(10, 0, 100), "Q-Tuning 12.5x50 mask": spent(4, 3, 20, slots=25)}
+    reused = spent(2, 3, 20, steps=6)
+    reused.score_cpu[2:] = [0.0] * 4
+    full, plain, again = lines(chosen, found | {"Q-Tuning 12.5x50, reused mask": reused})
+    assert full["c"] == 0 and full["k"] == 1 and "model" not in full
+    assert (plain["c"], plain["k"], plain["model"], plain["speedup"], plain["wall_speedup"]) == pytest.approx((0.3, 0.2, 2.0, 2.5, 2.5))
+    assert plain["fill"] == pytest.approx(0.8) and plain["bars"] == [("0.9 of it", True), ("1.38x", True)]
+    # three epochs of full data are 60 s, its own 12 s; one scoring pass of three: c = 0.1
+    assert (again["c"], again["k"], again["speedup"]) == pytest.approx((0.1, 0.2, 5.0)) and again["bars"] == [("3x", True)]
+    slow = lines(chosen[:2], {"full data": spent(10, 0, 100), "Q-Tuning 12.5x50 mask": spent(9, 3, 20)})[1]
+    assert [met for _, met in slow["bars"]] == [False, False]
+
+
+def test_numbers_of_a_wrong_run_are_refused():
+    """A step that kept other samples than the budget says, or whose loss is not finite, ends the table."""
+    chosen = settings("12.5x50", "mask")[:2]
+    right = {"full data": spent(1, 0, 9, kept=64), "Q-Tuning 12.5x50 mask": spent(1, 1, 2)}
+    check(chosen, right, 64)
+    with pytest.raises(QtjaxError, match=r"kept \[9\] samples of 64, not 8"):
+        check(chosen, right | {"Q-Tuning 12.5x50 mask": spent(1, 1, 2, kept=9)}, 64)
+    right["full data"].losses[1] = float("nan")
+    with pytest.raises(QtjaxError, match="full data.*not finite"):
+        check(chosen, right, 64)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--data: is missing"), (["--data", "x", "--methods", "ful"], "--methods 'ful'"), (["--data", "x", "--budgets", "25"], "--budgets '25'"),
+        (["--data", "x", "--budgets", "0x50"], "--budgets '0x50'"), (["--data", "x", "--modes", "cut"], "--modes 'cut'"),
+        (["--data", "x", "--tokenizer", "nowhere"], "--tokenizer 'nowhere': no such file"),
+    ],
+)  # fmt: skip
+def test_bad_flags_are_one_line(flags, message):
+    """What cannot be measured is said before anything is compiled."""
+    with pytest.raises(QtjaxError, match=message) as error:
+        main(flags)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_whole_table_on_a_tiny_model(tmp_path, capsys):
+    """Full data, a budget in both modes and reuse, LoRA too: every line measured, checked, drawn and written."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"Say {i}", "completion": " ".join([str(i)] * (3 + i % 5))}) + "\n" for i in range(40)))
+    flags = ["--data", str(rows), "--model", "smol", "--batch", "16", "--steps", "2", "--budgets", "25x50", "--max-length", "64"]
+    main([*flags, "--json", str(tmp_path / "e.json"), "--picture", str(tmp_path / "e.png")])
+    report = json.loads((tmp_path / "e.json").read_text())
+    assert set(report["results"]) == {"full", "lora"} and report["samples"] == 32
+    for found in report["results"].values():
+        assert [(r["setting"], r["steps"]) for r in found] == [
+            ("full data", 2), ("Q-Tuning 25x50", 2), ("Q-Tuning 25x50", 2), ("Q-Tuning 25x50, reused", 6),
+        ]  # fmt: skip
+        assert all(0 < r["c"] < 3 and 0 < r["k"] < 1 and r["speedup"] > 0 for r in found[1:])
+        assert found[3]["c"] < found[1]["c"]  # one scoring pass of three
+    assert (tmp_path / "e.png").stat().st_size > 5000 and "Q-Tuning 25x50" in capsys.readouterr().out
+    assert end_to_end.PAPER["25x50"] == 1.29
