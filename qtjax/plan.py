@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # nothing runs here, and no compiler must look for its device
+    from qtjax.models import kernel_of
     from qtjax.parallel import batch_size
     from qtjax.planning import GPU_NAMES, SHARE_VARIABLE, leaves_by_path, model_shape, open_topology, step_parts, weigh
     from qtjax.training.ladder import ladder
@@ -58,13 +59,14 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     else:
         say(console, f"fits: {free:.1f} of {chip.usable:.4g} GiB stay free on each device", style="bold")
     if own["topology"] in GPU_NAMES:
-        say(console, f"JAX takes {chip.share:.0%} of a GPU's {chip.memory:g} GiB, as {SHARE_VARIABLE} says or by itself. No kernel was tried out: "
-            "temporaries are approximate.")  # fmt: skip
+        say(console, f"JAX takes {chip.share:.0%} of a GPU's {chip.memory:g} GiB, as {SHARE_VARIABLE} says or by itself. No kernel was tried out,"
+            " and attention is XLA's, not cuDNN's: temporaries are approximate.")  # fmt: skip
     if free < 0:
         return advise(console, config, shape, devices, chip, plan)
     shapes = ladder(config.train.rows, batch_size(mesh), config.train.shapes)
     touched = 2 * (plan.held.trained + plan.held.moments) + plan.held.gradients
-    parts = step_parts(config, plan.run.subject.config, chip, len(devices), plan.needs, shapes, plan.length, tokens, touched)
+    model = plan.run.subject.config.replace(attention=kernel_of(devices[0].platform, config.model.dtype))
+    parts = step_parts(config, model, chip, len(devices), plan.needs, shapes, plan.length, tokens, touched)
     console.print(estimate_table(parts, chip, len(devices)))
     low, high = (sum(part.seconds[i] for part in parts) for i in (0, 1))
     mfu = _mfu(sum(part.flops for part in parts), low, high, chip, len(devices))
@@ -96,8 +98,8 @@ def memory_table(needs: dict[str, Any], memory: float) -> Table:
         moved = "refused" if need.refused else "unreadable" if need.moved is None else f"{sum(each.bytes for each in need.moved) / size:.2f}"
         numbers = [f"{x / size:.2f}" for x in (need.arguments, need.temporaries, need.beside, need.total)]
         table.add_row(name, *numbers, f"{need.total / GIB / memory:.0%}", moved)
-    said = {name: ", ".join(f"{m.bytes / size:.2f} by {m.count} {m.kind}" for m in need.moved) for name, need in needs.items() if need.moved}
-    table.caption, table.caption_justify = "\n".join(f"{name} moves {unit}: {text}" for name, text in said.items()), "left"
+    said = {name: ", ".join(f"{m.bytes / size:.2f} by {m.count} {m.kind}" for m in need.moved if m.bytes > size / 200) for name, need in needs.items() if need.moved}
+    table.caption, table.caption_justify = "\n".join(f"{name} moves {unit}: {text}" for name, text in said.items() if text), "left"
     return table
 
 
@@ -157,19 +159,19 @@ def assumptions(parts: Sequence[Any], chip: Any, smallest: int, batch: int) -> l
 
 def advise(console: Console, config: Config, shape: Any, devices: Sequence[Any], chip: Any, plan: Any) -> None:
     """What would fit instead: tried, or counted."""
-    from qtjax.planning import attempts, kept_instead
+    from qtjax.planning import SHARE_VARIABLE, SHARED, attempts, kept_instead
 
-    tried, found = 0, False
+    tried = 0
     with console.status("compiling what might fit"):
         for attempt in attempts(config, shape, devices, chip, plan):
-            tried, found = tried + 1, attempt.free >= 0
-            say(console, f"  {'fits with' if found else 'still too large with'} {attempt.flags}: {abs(attempt.free):.1f} GiB {'stay free' if found else 'are lacking'}")
-    if found:
-        return
+            flags = " and ".join(filter(None, (f"{SHARE_VARIABLE}={SHARED} before the command" if attempt.share else "", attempt.flags)))
+            if attempt.free >= 0:
+                return say(console, f"fits with {flags}: {attempt.free:.1f} GiB stay free")
+            say(console, f"still too large with {flags}: {-attempt.free:.1f} GiB are lacking")
+            tried += 1
+    say(console, "take a larger topology" + ("" if tried else ": however these devices cut them, weights, moments and gradients alone are too large"))
     for flags, held in kept_instead(config, shape, devices):
-        say(console, f"  {flags} trains otherwise and keeps {held.total / GIB:.2f} GiB on each device beside activations, not {plan.held.total / GIB:.2f}")
-    say(console, "  none of these fits: take a larger topology" if tried else
-        "  however it is cut over these devices, weights, moments and gradients alone are too large: take a larger topology")  # fmt: skip
+        say(console, f"or train otherwise: {flags} keeps {held.total / GIB:.2f} GiB on each device beside activations, not {plan.held.total / GIB:.2f}")
 
 
 if __name__ == "__main__":

@@ -9,19 +9,21 @@ from qtjax.errors import QtjaxError
 from qtjax.models import ModelConfig
 from qtjax.parallel import make_mesh
 from qtjax.planning.chips import Chip
-from qtjax.planning.gpus import SHARE_VARIABLE
 from qtjax.planning.need import Held, Weighed, abstract_run, held_by, weigh
 from qtjax.training.memory import GIB, as_flags, smaller
 
 COMPILED = 3  # at most
+SHARED = 0.95  # of a GPU's memory, what JAX can be given: the rest is its driver's
 
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """flags: to add to the command line (or what to set before it); free: GiB that stay free on each device, below 0: that lack."""
+    """flags: to add to the command line; free: GiB that stay free on each device, below 0: that lack; share: whether a GPU's memory is to
+    be shared out more generously, SHARED of it to JAX."""
 
     flags: str
     free: float
+    share: bool = False
 
 
 def attempts(config: Config, shape: ModelConfig, devices: Sequence[Any], chip: Chip, plan: Weighed) -> Iterator[Attempt]:
@@ -30,17 +32,25 @@ def attempts(config: Config, shape: ModelConfig, devices: Sequence[Any], chip: C
     Args: plan: the run that does not fit. What a run keeps is counted before anything is compiled, so that no compilation goes into
     a way that cannot fit.
     """
-    if chip.share < 0.95 and (free := chip.memory * 0.95 - plan.worst / GIB) > 0:
-        yield Attempt(f"{SHARE_VARIABLE}=0.95 before the command", free)
+    most = max(chip.usable, SHARED * chip.memory if chip.share < 1 else 0.0)
+
+    def against(worst: int, flags: str) -> Attempt:
+        need = worst / GIB
+        share = chip.usable < need <= most
+        return Attempt(flags, (most if share else chip.usable) - need, share)
+
+    first = against(plan.worst, "")
+    if first.share:
+        yield first
         return
     for changes in _ladder(config, shape, len(devices)):
         tried = override(config, changes)
         held = _held(tried, shape, devices)
-        if held is None or held.total > chip.usable * GIB:
+        if held is None or held.total > most * GIB:
             continue
-        free = chip.usable - weigh(tried, shape, devices, enough=chip.usable * GIB).worst / GIB
-        yield Attempt(as_flags(changes), free)
-        if free >= 0:
+        attempt = against(weigh(tried, shape, devices, enough=most * GIB).worst, as_flags(changes))
+        yield attempt
+        if attempt.free >= 0:
             return
 
 

@@ -53,12 +53,17 @@ def needed_flops(config: ModelConfig, tokens: float, length: int, *, trains: boo
 
 
 def spent_flops(config: ModelConfig, slots: float, length: int, *, trains: bool, frozen: bool = False) -> float:
-    """What the programs compute over `slots`, padding among them: attention over whole rows, and under remat layers a second time."""
+    """What the programs compute over `slots`, padding among them: plain attention over whole rows, a kernel's over what is seen; under
+    remat full or offload all layers a second time, under dots plain attention alone."""
     layers, head = matrices(config)
-    times = (2 if frozen else 3) if trains else 1
-    again = trains and config.remat != "none"
-    weights = times * (layers + head) + (layers if again and config.remat == "full" else 0)
-    return slots * (2 * weights + ((3 if trains else 1) + again) * attention_flops(config, length))
+    plain = config.attention == "xla"
+    times, passes = ((2 if frozen else 3), 3) if trains else (1, 1)
+    weights = times * (layers + head)
+    if trains and config.remat in ("full", "offload"):
+        weights, passes = weights + layers, passes + 1
+    elif trains and config.remat == "dots" and plain:
+        passes += 1
+    return slots * (2 * weights + passes * attention_flops(config, length if plain else keys_seen(length, config.sliding_window)))
 
 
 @dataclass(frozen=True)

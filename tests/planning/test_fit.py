@@ -62,12 +62,15 @@ def test_what_cannot_fit_is_not_compiled(compiled):
 
 
 def test_a_gpu_is_given_more_of_its_memory_first(compiled):
-    """7.5 of 10 GiB by itself: what needs 9 fits once JAX may take 95 %, and nothing is compiled; what needs 9.8 does not."""
-    seen = compiled(lambda config: 7)
-    gpu = CHIP.shared(0.75)
-    [(flags, free)] = tried(Config(), chip=gpu, plan=weighed(9))
-    assert flags == "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 before the command" and free == pytest.approx(0.5) and seen == []
-    assert tried(Config(), chip=gpu, plan=weighed(9.8)) == [("--mesh.fsdp 8", 0.5)]
+    """7.5 of 10 GiB by itself: what needs 9 fits once JAX may take 95 %, and nothing is compiled; what needs 9.8 does not, until it is cut."""
+    seen, gpu = compiled(lambda config: 8), CHIP.shared(0.75)
+    [attempt] = attempts(Config(), SHAPE, [None] * 8, gpu, weighed(9))
+    assert (attempt.flags, attempt.share) == ("", True) and attempt.free == pytest.approx(0.5) and seen == []
+    [attempt] = attempts(Config(), SHAPE, [None] * 8, gpu, weighed(9.8))
+    assert (attempt.flags, attempt.share) == ("--mesh.fsdp 8", True) and attempt.free == pytest.approx(1.5)
+    compiled(lambda config: 7)
+    [attempt] = attempts(Config(), SHAPE, [None] * 8, gpu, weighed(9.8))
+    assert (attempt.flags, attempt.share, attempt.free) == ("--mesh.fsdp 8", False, 0.5)
 
 
 def test_a_mesh_that_was_given_is_given_up_as_a_whole(compiled):

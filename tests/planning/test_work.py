@@ -30,13 +30,18 @@ def test_a_window_is_what_is_seen():
 
 
 def test_spent_flops_count_what_is_computed_twice():
-    """Attention over whole rows; remat full computes layers once more, dots only attention, scoring nothing."""
-    head, row = 4096 * 128256, 2048 * ATTENTION
+    """Plain attention goes over whole rows, a kernel over what is seen; remat full and offload compute layers once more, dots plain
+    attention, scoring nothing."""
+    head, row, seen = 4096 * 128256, 2048 * ATTENTION, 1024.5 * ATTENTION
     assert spent_flops(LLAMA3, 1, 2048, trains=False) == 2 * N + row
     assert spent_flops(LLAMA3, 1, 2048, trains=True) == 6 * N + 3 * row
     assert spent_flops(LLAMA3.replace(remat="full"), 1, 2048, trains=True, frozen=True) == 4 * N + 2 * (N - head) + 4 * row
     assert spent_flops(LLAMA3.replace(remat="dots"), 1, 2048, trains=True) == 6 * N + 4 * row
     assert spent_flops(LLAMA3.replace(remat="full"), 1, 2048, trains=False) == 2 * N + row
+    splash = LLAMA3.replace(attention="splash")
+    assert spent_flops(splash, 1, 2048, trains=False) == 2 * N + seen
+    assert spent_flops(splash.replace(remat="dots"), 1, 2048, trains=True) == 6 * N + 3 * seen
+    assert spent_flops(splash.replace(remat="offload"), 1, 2048, trains=True) == 6 * N + 2 * (N - head) + 4 * seen
 
 
 def test_a_step_is_charged_for_launched_slots():
