@@ -113,8 +113,8 @@ def test_a_row_that_disagrees_or_dies_is_marked_and_has_no_numbers(bench, tmp_pa
     assert "1.000" in lines["qtjax, full data"] and "1.50" in lines["torch loop"] and "3 losses" in lines["torch loop"]
     assert "differs: loss 2: 1.40000, torch 1.50000" in lines["TRL, defaults"] and "0.2" not in lines["TRL, defaults"]
     assert "failed: ValueError: [no] rows" in lines["TRL, packing"] and "not installed" in lines["Tunix"]
-    bars = shown(output.bar_table(bench))
-    assert "1.50" in bars and "met" in bars and "no number of trl" in bars
+    bars = shown(output.bar_table(bench, asked))
+    assert "1.50" in bars and "met" in bars and "no number of trl" in bars and "LoRA" not in bars
     found = output.report([bench], asked, bench.given, "a machine", {})["models"]["15m"]
     assert "median" not in found["rows"]["trl"] and found["rows"]["torch"]["median"]["cpu"] == pytest.approx(1.5)
     json.dumps(found)

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from benchmarks.machine import machine
@@ -110,7 +111,7 @@ def run(given: dict[str, Any], rows: Sequence[Row], console: Console, pythons: d
         heading = f"{Path(bench.work.name).name}: {given['batch']} samples a step, {timed}; {on}"
         tables = Console(width=None if Console().is_terminal else 140, quiet=console.quiet)
         tables.print(output.table(bench, rows, heading, not_there))
-        tables.print(output.bar_table(bench))
+        tables.print(output.bar_table(bench, rows))
     if given["picture"]:
         output.draw(benches, rows, f"Useful tokens per CPU second, {given['batch']} samples a step; {on}", Path(given["picture"]))
     return benches, output.report(benches, rows, given, on, not_there)
@@ -118,6 +119,7 @@ def run(given: dict[str, Any], rows: Sequence[Row], console: Console, pythons: d
 
 def main(argv: Sequence[str] | None = None) -> None:
     given = settings(argv)
+    jax.config.update("jax_platforms", "cpu")  # as in all rows: what is named as the machine is what they ran on
     run(given, chosen(given["rows"]), Console(file=sys.stderr))
 
 

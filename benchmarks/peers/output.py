@@ -16,10 +16,10 @@ def medians(bench: Bench) -> dict[str, Round]:
     return {name: median(rounds) for name, rounds in bench.rounds.items() if rounds}
 
 
-def verdicts(bench: Bench) -> list[Verdict]:
-    """The model's bars, in their order, without those of which neither side was asked for."""
-    known = medians(bench)
-    return [judge(bar, known) for bar in bars_of(bench.work.name) if bar.own in known or any(other in known for other in bar.others)]
+def verdicts(bench: Bench, rows: Sequence[Row]) -> list[Verdict]:
+    """The model's bars of which both sides are among the rows."""
+    known, names = medians(bench), {row.name for row in rows}
+    return [judge(bar, known) for bar in bars_of(bench.work.name) if bar.own in names and names & set(bar.others)]
 
 
 def table(bench: Bench, rows: Sequence[Row], heading: str, not_there: dict[str, str]) -> Table:
@@ -61,13 +61,13 @@ def _plain(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def bar_table(bench: Bench) -> Table:
+def bar_table(bench: Bench, rows: Sequence[Row]) -> Table:
     """The bars: ratio of medians within the run; what is not asked of this model is said without a verdict."""
     drawn = Table("", "best other", title=f"Bars, {Path(bench.work.name).name}: how many times better qtjax is", title_justify="left")
     for name in ("ratio", "by wall clock", "asked"):
         drawn.add_column(name, justify="right")
     drawn.add_column("")
-    for v in verdicts(bench):
+    for v in verdicts(bench, rows):
         asked = "" if v.bar.least is None else f">= {v.bar.least:.2f}"
         said = v.said if v.ratio is None else {None: "", True: "[green]met[/green]", False: "[red]not met[/red]"}[v.met]
         shown = [f"{x:.2f}" if x is not None else "" for x in (v.ratio, v.wall)]
@@ -92,7 +92,7 @@ def report(benches: Sequence[Bench], rows: Sequence[Row], given: dict[str, Any],
         bars = [
             {"says": v.bar.says, "own": v.bar.own, "other": v.other, "measure": v.bar.measure, "ratio": v.ratio, "wall_ratio": v.wall,
              "least": v.bar.least, "met": v.met, "said": v.said}
-            for v in verdicts(bench)
+            for v in verdicts(bench, rows)
         ]  # fmt: skip
         work = bench.work
         out["models"][Path(work.name).name] = {"useful_tokens": work.useful, "targets": work.targets, "rows": entries, "bars": bars}

@@ -101,7 +101,7 @@ def judge(bar: Bar, medians: Mapping[str, Round]) -> Verdict:
     """A bar by the medians of the rows that were measured and agree; the best other is sought by CPU and by wall clock apart."""
     others = {name: medians[name] for name in bar.others if name in medians}
     if bar.own not in medians or not others:
-        missing = bar.own if bar.own not in medians else " or ".join(bar.others)
+        missing = bar.own if bar.own not in medians else bar.others[0] + (" or its variants" if len(bar.others) > 1 else "")
         return Verdict(bar, None, None, None, "", f"no number of {missing}")
     own, wall = medians[bar.own], None
     cost = {"speed": lambda r: r.cpu, "memory": lambda r: r.peak, "first": lambda r: r.first}[bar.measure]
