@@ -27,7 +27,12 @@ def product(x: Array, kernel: Any, delta: Callable[[], Array] | None = None) -> 
 
 
 def matmul(x: Array, w: Array) -> Array:
-    """x @ w over one long axis: of [B, L, D] a CPU's backward pass would write a transposed copy, and what fuses into it slowly."""
+    """x @ w over one long axis: of [B, L, D] a CPU's backward pass would write a transposed copy, and what fuses into it slowly.
+
+    w [in, out]; or [B, in, out], a matrix for each row, where that does not hold.
+    """
+    if w.ndim > 2:
+        return x @ w
     flat = x.reshape(-1, x.shape[-1])
     y = flat @ w if x.dtype == jnp.float32 else _half(flat, w)
     return y.reshape(*x.shape[:-1], w.shape[-1])

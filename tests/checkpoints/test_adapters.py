@@ -143,7 +143,7 @@ def test_saving_gathers_each_array_once_and_waits_for_the_file(tmp_path, monkeyp
 
     monkeypatch.setattr(adapters, "host_array", gather)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(adapters.multihost_utils, "sync_global_devices", lambda name: stood.append(sorted(os.listdir(tmp_path))))
+    monkeypatch.setattr(adapters, "wait_for_all", lambda what: stood.append(sorted(os.listdir(tmp_path))))
     save_adapter(tmp_path, overlay)
     assert sorted(gathered) == sorted(id(leaf) for leaf in jax.tree.leaves(overlay))
     assert stood[-1] == ["bitfit", "lora", "qtjax_stack.json"]
