@@ -31,6 +31,8 @@ def main() -> None:
             "process": (-1, "which of them this is, counted from 0, with HOST:PORT"),
         },
     )
+    import jax
+
     from qtjax.parallel import join_processes, leaving_together
     from qtjax.training.story import run
 

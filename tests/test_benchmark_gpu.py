@@ -292,7 +292,7 @@ def test_small_models_agree_with_plain_float32(size, name, tmp_path):
 @pytest.mark.parametrize(
     "kind, model, run",
     [
-        ("full", TINY.full, ours.train), pytest.param("lora", TINY.lora, ours.train, marks=pytest.mark.slow), ("score", TINY.lora, ours.score),
+        pytest.param("full", TINY.full, ours.train, marks=pytest.mark.slow), pytest.param("lora", TINY.lora, ours.train, marks=pytest.mark.slow), ("score", TINY.lora, ours.score),
         pytest.param("q-tuning", TINY.full, ours.q_tuning, marks=pytest.mark.slow),
     ],
 )  # fmt: skip

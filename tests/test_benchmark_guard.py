@@ -38,6 +38,7 @@ def committed(tmp_path):
     return file
 
 
+@pytest.mark.slow
 def test_the_steps_of_full_fine_tuning_are_as_committed(run_python, tmp_path):
     """The real guard over the 15M model's five programs on one device: status 0; its processes see nothing of the tests' XLA flags."""
     said = run_python("benchmarks.guard", "--only", "15M full, 1", "--json", str(tmp_path / "now.json"))

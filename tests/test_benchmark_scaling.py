@@ -80,6 +80,7 @@ def test_row_i_is_the_same_in_every_file(tmp_path):
     assert many[:3] == few and len(set(many)) == 7 and all(set(json.loads(line)) == {"prompt", "completion"} for line in many)
 
 
+@pytest.mark.slow
 def test_wrong_programs_are_not_timed():
     """A score or a loss that plain logits do not find, sizes that disagree, a value that is not finite: no table."""
     steps = scaling_one.Steps(ModelConfig(**TINY), 2, 8)
@@ -103,6 +104,7 @@ def test_wrong_programs_are_not_timed():
         scaling.agree("batch", rows)
 
 
+@pytest.mark.slow
 def test_a_real_run_of_two_lengths(tmp_path, capsys, monkeypatch):
     """Processes, checks, table, JSON and picture, whole."""
     monkeypatch.setitem(scaling.SHAPES, "small", TINY)

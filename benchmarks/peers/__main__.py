@@ -111,7 +111,8 @@ def run(given: dict[str, Any], rows: Sequence[Row], console: Console, pythons: d
         heading = f"{Path(bench.work.name).name}: {given['batch']} samples a step, {timed}; {on}"
         tables = Console(width=None if Console().is_terminal else 140, quiet=console.quiet)
         tables.print(output.table(bench, rows, heading, not_there))
-        tables.print(output.bar_table(bench, rows))
+        if output.verdicts(bench, rows):
+            tables.print(output.bar_table(bench, rows))
     if given["picture"]:
         output.draw(benches, rows, f"Useful tokens per CPU second, {given['batch']} samples a step; {on}", Path(given["picture"]))
     return benches, output.report(benches, rows, given, on, not_there)

@@ -56,7 +56,7 @@ def main() -> None:
                 programs["choose"] = jax.jit(partial(choose_early, prune, mesh=mesh), out_shardings=everywhere).lower(*given[1:]).compile()
         eight = program(*given)
         apart = [field for field, a, b in zip(Decision._fields, one, eight) if not same(a, b)]
-        out[name] = {"differ": apart} | {kind: [each._asdict() for each in collectives(x.as_text())] for kind, x in programs.items()}
+        out[name] = {"differ": apart} | {kind: [each._asdict() for each in collectives(x.as_text(), 8)] for kind, x in programs.items()}
     print("RESULT" + json.dumps({"samples": N, "slots": T, "pruners": out}))
 
 
