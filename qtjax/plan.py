@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     for line in assumptions(parts, chip, shapes[-1] * plan.length, config.prune.batch_size):
         say(console, line)
     if shape.num_key_value_heads % config.mesh.tensor:
-        say(console, f"mesh.tensor = {config.mesh.tensor} cuts through the {shape.num_key_value_heads} key heads: devices then share heads, and move more.")
+        heads = shape.num_key_value_heads
+        say(console, f"mesh.tensor = {config.mesh.tensor} cuts through the {heads} key heads: devices then share heads, and move more.")
 
 
 def say(console: Console, text: str, **options: Any) -> None:
@@ -98,7 +99,8 @@ def memory_table(needs: dict[str, Any], memory: float) -> Table:
         moved = "refused" if need.refused else "unreadable" if need.moved is None else f"{sum(each.bytes for each in need.moved) / size:.2f}"
         numbers = [f"{x / size:.2f}" for x in (need.arguments, need.temporaries, need.beside, need.total)]
         table.add_row(name, *numbers, f"{need.total / GIB / memory:.0%}", moved)
-    said = {name: ", ".join(f"{m.bytes / size:.2f} by {m.count} {m.kind}" for m in need.moved if m.bytes > size / 200) for name, need in needs.items() if need.moved}
+    large = {name: [each for each in need.moved or () if each.bytes > size / 200] for name, need in needs.items()}
+    said = {name: ", ".join(f"{each.bytes / size:.2f} by {each.count} {each.kind}" for each in moves) for name, moves in large.items()}
     table.caption, table.caption_justify = "\n".join(f"{name} moves {unit}: {text}" for name, text in said.items() if text), "left"
     return table
 
@@ -119,7 +121,8 @@ def estimate_table(parts: Sequence[Any], chip: Any, devices: int) -> Table:
     for part in parts:
         links = "unknown" if part.links is None else _number(part.links * scale)
         counts = (f"{part.tokens:,.0f}", f"{part.slots:,}", _number(part.flops / 1e12)) if part.tokens else ("", "", "")
-        table.add_row(part.name, *counts, _number(part.compute * scale), _number(part.memory * scale), links, _mfu(part.flops, *part.seconds, chip, devices))
+        busy = (_number(part.compute * scale), _number(part.memory * scale), links)
+        table.add_row(part.name, *counts, *busy, _mfu(part.flops, *part.seconds, chip, devices))
     return table
 
 
@@ -144,15 +147,15 @@ def assumptions(parts: Sequence[Any], chip: Any, smallest: int, batch: int) -> l
 
     unknown = any(part.links is None for part in parts)
     lines = [
-        f"An estimate: {REACHED:.0%} of the published {chip.peak:g} TFLOP/s, {chip.bandwidth:g} GB/s of memory, links of {chip.links:g} GB/s; from all at"
-        " once to one after the other." + (" What moves is not in it: this compiler does not print its programs." if unknown else "")
+        f"An estimate: {REACHED:.0%} of the published {chip.peak:g} TFLOP/s, {chip.bandwidth:g} GB/s of memory, links of {chip.links:g} GB/s;"
+        " from all at once to one after the other." + (" What moves is not in it: this compiler does not print its programs." if unknown else "")
     ]
     training = next(part for part in parts if part.name == "training")
     if training.tokens < 0.8 * training.slots:
         wanted = -(-smallest * batch // int(training.tokens))
         lines.append(
-            f"Training fills {training.tokens / training.slots:.0%} of its slots: a launch has at least {smallest:,}, one row for each device of data x"
-            f" fsdp. --prune.batch-size {wanted} fills one; so does a wider --mesh.tensor, which needs fewer rows."
+            f"Training fills {training.tokens / training.slots:.0%} of its slots: a launch has at least {smallest:,}, one row for each device of"
+            f" data x fsdp. --prune.batch-size {wanted} fills one; so does a wider --mesh.tensor, which needs fewer rows."
         )
     return lines
 
@@ -171,7 +174,8 @@ def advise(console: Console, config: Config, shape: Any, devices: Sequence[Any],
             tried += 1
     say(console, "take a larger topology" + ("" if tried else ": however these devices cut them, weights, moments and gradients alone are too large"))
     for flags, held in kept_instead(config, shape, devices):
-        say(console, f"or train otherwise: {flags} keeps {held.total / GIB:.2f} GiB on each device beside activations, not {plan.held.total / GIB:.2f}")
+        kept, now = held.total / GIB, plan.held.total / GIB
+        say(console, f"or train otherwise: {flags} keeps {kept:.2f} GiB on each device beside activations, not {now:.2f}")
 
 
 if __name__ == "__main__":

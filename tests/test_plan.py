@@ -64,8 +64,8 @@ def test_what_does_not_fit_is_said_with_what_would(tmp_path):
     """1.4 billion float32 parameters with moments and gradients, 21 GiB on one v5e: how much is lacking, and flags
     that were tried: cut in four it fits."""
     pytest.importorskip("libtpu")
-    sizes = {"hidden_size": 4096, "intermediate_size": 32768, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 3}
-    large = shape(tmp_path / "large", **sizes)
+    sizes = {"hidden_size": 4096, "intermediate_size": 32768, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 3}
+    large = shape(tmp_path / "large", head_dim=128, **sizes)
     text = said("--model.path", large, "--topology", "v5e:2x2", "--leaves", width=80)
     kept = 16 * (3 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 32768) + 2048 * 4096) / 2**30  # bytes a parameter, all at once
     lacking = float(re.search(r"does not fit: ([\d.]+) GiB are lacking on each device of 15.75 GiB", text)[1])

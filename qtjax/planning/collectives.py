@@ -18,7 +18,9 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|branch_computations|called_computatio
 _WHILE = re.compile(r"\bwhile\(%?([\w.\-]+)\), condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 # What a loop's counter is made of.
-_COUNTED = re.compile(r"^ *(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = .*? (?P<op>constant|add|get-tuple-element|tuple|copy|compare)\((?P<of>[^)]*)\)(?P<rest>.*)")
+_COUNTED = re.compile(
+    r"^ *(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = .*? (?P<op>constant|add|get-tuple-element|tuple|copy|compare)\((?P<of>[^)]*)\)(?P<rest>.*)"
+)
 _INDEX = re.compile(r"^, index=(\d+)")
 
 

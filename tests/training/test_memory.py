@@ -10,9 +10,15 @@ from qtjax.training import programs, story
 from qtjax.training.memory import memory_errors, shortage, smaller
 
 GIB = 2**30
-TPU = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 121.50G of 15.75G hbm. Exceeded hbm capacity by 105.75G."
-HBM = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (36.52G) exceeds available HBM (15.75G)."
-LOAD = "RESOURCE_EXHAUSTED: Error allocating device buffer: Attempting to allocate 1.50G. That was not possible. There are 512.00M free.; (0x0x0_HBM0)"
+TPU = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 121.50G of 15.75G hbm."
+HBM = (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (36.52G) exceeds"
+    " available HBM (15.75G). HLO module: jit__accumulate."
+)
+LOAD = (
+    "RESOURCE_EXHAUSTED: Error allocating device buffer: Attempting to allocate 1.50G. That was not possible. There are 512.00M free.;"
+    " (0x0x0_HBM0)"
+)
 
 
 @pytest.mark.parametrize(("text", "kind", "needed", "there", "said"), [
