@@ -44,4 +44,5 @@ def _run(name: str, command: list[str]) -> None:
     if done.returncode:
         said = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         reason = next((line for line in said if line.startswith("ERROR")), said[-1] if said else f"status {done.returncode}")
-        raise QtjaxError(f"--envs: {name} cannot be installed ({reason[:200]}); mend it, or leave its rows out with --rows")
+        remedy = "mend it: every row is checked against torch" if name == "torch" else "mend it, or leave its rows out with --rows"
+        raise QtjaxError(f"--envs: {name} cannot be installed ({reason[:200]}); {remedy}")
