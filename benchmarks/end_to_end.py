@@ -213,7 +213,7 @@ def draw(report: dict[str, Any], file: Path) -> None:
         axis.set_xlabel("times as fast as full data, scoring included")
         axis.set_title(method)
         tidy(axis)
-        axis.legend(loc="lower right", frameon=False, fontsize=8)
+        axis.legend(loc="upper right", frameon=False, fontsize=8)
     figure.tight_layout()
     save(figure, file)
 
