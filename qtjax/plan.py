@@ -151,7 +151,7 @@ def assumptions(parts: Sequence[Any], chip: Any, smallest: int, batch: int) -> l
         " from all at once to one after the other." + (" What moves is not in it: this compiler does not print its programs." if unknown else "")
     ]
     training = next(part for part in parts if part.name == "training")
-    if training.tokens < 0.8 * training.slots:
+    if training.tokens < 0.8 * smallest:
         wanted = -(-smallest * batch // int(training.tokens))
         lines.append(
             f"Training fills {training.tokens / training.slots:.0%} of its slots: a launch has at least {smallest:,}, one row for each device of"

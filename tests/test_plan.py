@@ -10,6 +10,7 @@ from rich.console import Console
 
 from qtjax import plan, planning, smol
 from qtjax.errors import QtjaxError
+from qtjax.planning import Chip, Part
 
 @pytest.mark.parametrize(("name", "message"), [
     ("v5e:16x15", "did you mean 'v5e:16x16'"), ("v5e-256", "there are v4, v5e, v5p, v6e, a100-40gb"), ("v5p:2x4", "v5p has 2x2x1, 2x2x2"),
@@ -42,6 +43,15 @@ def test_what_the_run_would_refuse_the_plan_refuses(flags, message, tmp_path):
     model = shape(tmp_path / "m", hidden_size=100, intermediate_size=300, num_attention_heads=8, num_key_value_heads=8, head_dim=32)
     with pytest.raises(QtjaxError, match=message):
         said("--model.path", model, "--topology", "v5e:2x4", *flags)
+
+
+def test_launches_that_are_not_filled_are_said_with_what_fills_them():
+    """128 samples leave 6,400 tokens for a launch of 16,384 slots: 328 would fill it; of two launches the second may be half empty."""
+    chip = Chip(16, 100, 100, 100)
+    lines = plan.assumptions([Part("training", 6400, 16384, 1.0, 1.0, 0.0, 0.0)], chip, 16384, 128)
+    assert "fills 39% of its slots" in lines[1] and "--prune.batch-size 328 fills one" in lines[1]
+    assert len(plan.assumptions([Part("training", 9600, 12288, 1.0, 1.0, 0.0, 0.0)], chip, 4096, 128)) == 1
+    assert "What moves is not in it" in plan.assumptions([Part("training", 9600, 9600, 1.0, 1.0, 0.0, None)], chip, 4096, 128)[0]
 
 
 def shape(folder, **changes):
