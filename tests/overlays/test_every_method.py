@@ -81,9 +81,10 @@ def folded(name, config, params, overlay):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in NAMES if not method_named(n).unmergeable])
 def test_in_bfloat16_both_are_near_float32(name):
-    """Overlay and merged model, computed in bfloat16, are each within 2^-6 of the largest float32 logit.
+    """Overlay and merged model, computed in bfloat16, are each within 2^-9 of the largest float32 logit, root mean square.
 
-    On the embedded model and its data: its own bfloat16 error is 0.56 of that, while a random tiny model's is beyond it.
+    On the embedded model and its data: its own bfloat16 error is 0.6 of that, while a random tiny model's is beyond it. The largest
+    of 200,000 errors is not held: how products are rounded doubles it, and moves the mean square by a tenth.
     The noise is such that the adapter moves logits by more than the bar.
     """
     config, params = load_pretrained("smol")
@@ -91,12 +92,15 @@ def test_in_bfloat16_both_are_near_float32(name):
     ids = jnp.asarray(np.stack([ids[:32] for ids in (data.sample(i)[0] for i in range(200)) if len(ids) >= 32][:3]))
     overlay = trained(made(name, params, config), scale=WEAK.get(name, 0.03))
     full = logits(name, overlay, params, config, ids)
-    bar = np.abs(full).max() * 2**-6
-    assert np.abs(full - logits(name, None, params, config, ids)).max() > bar
-    half = {"dtype": "bfloat16"}
-    assert np.abs(logits(name, overlay, params, config.replace(**half), ids) - full).max() <= bar
+    bar, half = np.abs(full).max() * 2**-9, {"dtype": "bfloat16"}
+
+    def apart(other, rows=slice(None)):
+        return np.sqrt(np.mean((other - full)[rows] ** 2))
+
+    assert apart(logits(name, None, params, config, ids)) > 1.5 * bar
+    assert apart(logits(name, overlay, params, config.replace(**half), ids)) <= bar
     for rows, own, merged in folded(name, config, params, overlay):
-        assert np.abs(np.asarray(models.apply(own.replace(**half), merged, ids), np.float64) - full)[rows].max() <= bar
+        assert apart(np.asarray(models.apply(own.replace(**half), merged, ids), np.float64), rows) <= bar
 
 
 @pytest.mark.parametrize("name", NAMES)
