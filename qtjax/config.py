@@ -129,7 +129,7 @@ class TrainSection:
     clip_norm: float = knob(1.0, "global gradient norm limit; 0: off", rule=">=0")
     row_length: int = knob(0, "tokens per packed row; 0: data.max_length", rule=">=0")
     rows: int = knob(8, "packed rows per microbatch, all devices together", rule=">0")
-    shapes: int = knob(3, "microbatch shapes compiled at most: rows, rows/2, ... (1-4); fewer compile faster, more waste less", rule="1..4")
+    shapes: int = knob(4, "microbatch shapes compiled at most: rows, rows/2, ... (1-4); fewer compile faster, more waste less", rule="1..4")
     seed: int = knob(0, "seed of shuffling, initialisation and dropout", rule=">=0")
     checkpoint_every: int = knob(100, "optimizer steps between checkpoints", rule=">0")
     keep_checkpoints: int = knob(2, "newest checkpoints kept on disk", rule=">0")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-BLOCK = 128  # slots; at this size [R, S'] of a 512-slot row is 256 KiB a head, and half of a packed row's pairs are skipped
+BLOCK = 64  # slots; larger ones multiply more hidden pairs where rows hold several samples, smaller ones are all overhead
 _HIDDEN = -1e30  # finite, so that a query that sees nothing (padding) gets a finite average
 
 
@@ -103,11 +103,11 @@ class _Heads:
 
 
 def _extents(blocks: int) -> list[int]:
-    """Key extents, in blocks, that are compiled: 1, 2, 3, 4, then about a quarter more each, so that few programs serve long rows."""
+    """Key extents, in blocks, that are compiled: 1 to 6, then about a third more each, so that few programs serve long rows."""
     out, extent = [], 1
     while extent < blocks:
         out.append(extent)
-        extent += max(1, extent // 4)
+        extent += max(1, extent // 3)
     return [*out, blocks]
 
 

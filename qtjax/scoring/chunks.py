@@ -2,7 +2,7 @@
 
 Shape letters: T token slots, V vocabulary, D model width, c chunk.
 
-Both loops list the slots that count (true mask, nonzero weight) and walk that list `chunk` slots at a time, a number of
+Both list the slots that count (true mask, nonzero weight) and `walk` that list `chunk` slots at a time, a number of
 times known only at run time: the cost is that of the real targets, not of the padded shape, while shapes stay static.
 
 On a mesh the axes that do not shard the batch cut the vocabulary: a device holds the kernel's own columns, [D, V / devices], and
@@ -10,6 +10,7 @@ maxima, sums and the label's logit are put together chunk by chunk. Below, V is 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -103,15 +104,28 @@ def chunk_for(width: int) -> int:
     return min(2048, max(256, 1 << (width - 1).bit_length()))
 
 
-def work_list(wanted_T: jax.Array, plan: Plan, width: int) -> tuple[jax.Array, jax.Array, int]:
-    """(slots, trip count, chunk): this device's wanted slots first, in order, then the out-of-range slot T as padding."""
+def walk(wanted_T: jax.Array, plan: Plan, width: int, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
+    """carry after body(slots [c], carry) for this device's wanted slots, in order, the out-of-range slot T as padding at the end.
+
+    Chunk after chunk; of the rest a half and a quarter of a chunk as it needs, so that few padding slots are multiplied: a launch on
+    a small device has a handful of chunks, and half of one wasted would be a tenth of the whole.
+    """
     slots = wanted_T.shape[0]
-    chunk = min(plan.chunk or chunk_for(width), slots)
-    order = jnp.nonzero(wanted_T, size=-(-slots // chunk) * chunk, fill_value=slots)[0].astype(jnp.int32)
-    trips = (jnp.sum(order < slots, dtype=jnp.int32) + chunk - 1) // chunk
+    sizes = [min(plan.chunk or chunk_for(width), slots)]
+    while len(sizes) < 3 and sizes[-1] % 2 == 0:
+        sizes.append(sizes[-1] // 2)
+    least = sizes[-1]
+    order = jnp.nonzero(wanted_T, size=-(-slots // least) * least, fill_value=slots)[0].astype(jnp.int32)
+    left = (jnp.sum(order < slots, dtype=jnp.int32) + least - 1) // least  # in pieces of the least size
     if plan.split_axes:  # the loop's collectives: every device turns as often as the others
-        trips = lax.pmax(trips, plan.batch_axes)
-    return order, trips, chunk
+        left = lax.pmax(left, plan.batch_axes)
+    done = jnp.int32(0)
+    for size in sizes:
+        turns = left // (size // least)
+        one = lambda i, carry, done=done, size=size: body(lax.dynamic_slice(order, (done * least + i * size,), (size,)), carry)  # noqa: E731
+        carry = lax.fori_loop(0, turns, one, carry)
+        done, left = done + turns * (size // least), left % (size // least)
+    return carry
 
 
 def rows_at(array: jax.Array, index_c: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from qtjax.scoring.chunks import BATCH_AXES, Plan, check_shapes, label_logit, logits, make_plan, rows_at, work_list
+from qtjax.scoring.chunks import BATCH_AXES, Plan, check_shapes, label_logit, logits, make_plan, rows_at, walk
 
 
 def _nll_and_entropy(logits_cV: jax.Array, labels_c: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
@@ -29,16 +29,13 @@ def _nll_and_entropy(logits_cV: jax.Array, labels_c: jax.Array, plan: Plan) -> t
 
 
 def _local_scores(plan: Plan, hidden_TD, kernel, labels_T, mask_T) -> tuple[jax.Array, jax.Array]:
-    order, trips, chunk = work_list(mask_T, plan, hidden_TD.shape[1])
-
-    def body(i, carry):
-        index_c = lax.dynamic_slice(order, (i * chunk,), (chunk,))
+    def body(index_c, carry):
         logits_cV = logits(rows_at(hidden_TD, index_c), kernel, plan.layout)
         scores = _nll_and_entropy(logits_cV, rows_at(labels_T, index_c), plan)
         return tuple(old.at[index_c].set(new, mode="drop") for old, new in zip(carry, scores))
 
     zeros = jnp.zeros(mask_T.shape, jnp.float32)
-    return lax.fori_loop(0, trips, body, (zeros, zeros))
+    return walk(mask_T, plan, hidden_TD.shape[1], body, (zeros, zeros))
 
 
 @functools.partial(jax.jit, static_argnames=("chunk", "layout", "mesh", "batch_axes"))

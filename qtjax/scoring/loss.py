@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from qtjax.errors import QtjaxError, near_names
-from qtjax.scoring.chunks import BATCH_AXES, Plan, at_label, check_shapes, label_logit, logits, make_plan, rows_at, work_list
+from qtjax.scoring.chunks import BATCH_AXES, Plan, at_label, check_shapes, label_logit, logits, make_plan, rows_at, walk
 from qtjax.scoring.factors import FACTORS, LARGEST, LOSSES
 
 
@@ -34,12 +34,10 @@ def _local_loss(call: _Call, wants: tuple[bool, bool, bool], hidden_BLD, kernel,
     width = hidden_BLD.shape[-1]
     hidden_TD, labels_T, weights_T = hidden_BLD.reshape(-1, width), labels_BL.reshape(-1), weights_BL.reshape(-1)
     weights_T = weights_T.astype(jnp.float32)
-    order, trips, chunk = work_list(weights_T != 0, plan, width)
     in_kernel = 1 if plan.layout == "dv" else 0  # the kernel's vocabulary axis
 
-    def body(i, carry):
+    def body(index_c, carry):
         loss, nlls, factors, dhidden, dkernel = carry
-        index_c = lax.dynamic_slice(order, (i * chunk,), (chunk,))
         hidden_cD, labels_c, weights_c = rows_at(hidden_TD, index_c), rows_at(labels_T, index_c), rows_at(weights_T, index_c)
         logits_cV = logits(hidden_cD, kernel, plan.layout)
         top_c = plan.largest(jnp.max(logits_cV, axis=1))
@@ -77,7 +75,7 @@ def _local_loss(call: _Call, wants: tuple[bool, bool, bool], hidden_BLD, kernel,
         jnp.zeros(hidden_TD.shape, jnp.float32) if want_hidden else None,
         jnp.zeros(kernel.shape, jnp.float32) if want_kernel else None,
     )
-    loss, nlls, factors, dhidden, dkernel = lax.fori_loop(0, trips, body, start)
+    loss, nlls, factors, dhidden, dkernel = walk(weights_T != 0, plan, width, body, start)
     if plan.mesh is not None:
         loss, dkernel = lax.psum((loss, dkernel), plan.batch_axes)
         dhidden = plan.total(dhidden)
