@@ -4,8 +4,8 @@
     python -m benchmarks.end_to_end --data t0_p3_50k.jsonl.gz --model FOLDER --methods full --json e2e.json --picture e2e.png
 
 Every setting is a session as `python -m qtjax.train` opens it, on the same rows in the same order. All take step 1, then all step 2, and
-so on, so that what else the machine does falls on all alike. A step is scoring, decision, packing, training and update; only compilation
-is left out. c = seconds of scoring / seconds of full data, k = tokens trained on / all tokens, both of this run; speed-ups are ratios of
+so on, so that what else the machine does falls on all alike. A step is scoring, decision, packing, training and update; left out are
+compilation and the first step of every epoch, which a process's first use of everything falls on. c = seconds of scoring / seconds of full data, k = tokens trained on / all tokens, both of this run; speed-ups are ratios of
 CPU seconds over the same steps, wall clock beside them. "reused" scores in its first epoch of three and is compared with three epochs.
 """
 
@@ -57,7 +57,8 @@ class Setting(NamedTuple):
 
 @dataclass
 class Spent:
-    """A setting's steps: CPU and wall seconds of each, and of its scoring; tokens and slots launched. losses: mean nll of each step."""
+    """A setting's steps: CPU and wall seconds of each, and of its scoring; tokens and slots launched. losses: mean nll of each step.
+    kept: samples trained on, and those that could be."""
 
     cpu: list[float] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
@@ -65,7 +66,7 @@ class Spent:
     tokens: int = 0
     slots: int = 0
     losses: list[float] = field(default_factory=list)
-    kept: list[int] = field(default_factory=list)
+    kept: list[tuple[int, int]] = field(default_factory=list)
 
 
 def settings(budgets: str, modes: str) -> list[Setting]:
@@ -95,16 +96,18 @@ class Session:
         self.loop, self.last, self.spent = self.session.loop, self.session.total_steps, Spent()
 
     def step(self, number: int) -> None:
-        """Optimizer step number + 1, measured."""
+        """Optimizer step number + 1, measured where it is not the first one of an epoch."""
         begin, wall = time.process_time(), time.perf_counter()
         metrics, _ = self.loop.step(number, self.last)
+        if number % self.loop.plan.steps_per_epoch == 0:
+            return
         self.spent.cpu.append(time.process_time() - begin)
         self.spent.wall.append(time.perf_counter() - wall)
         self.spent.score_cpu.append(self.loop.clock.cpu["score"])
         self.spent.tokens += metrics["trained_tokens"]
         self.spent.slots += metrics["trained_slots"]
         self.spent.losses.append(metrics["loss"])
-        self.spent.kept.append(metrics["kept_samples"])
+        self.spent.kept.append((metrics["kept_samples"], metrics["eligible"]))
 
     def close(self) -> None:
         """Lets go of the run."""
@@ -137,16 +140,16 @@ def key_of(setting: Setting) -> str:
     return f"{setting.name} {setting.mode}".strip()
 
 
-def check(chosen: Sequence[Setting], spent: dict[str, Spent], batch: int) -> None:
+def check(chosen: Sequence[Setting], spent: dict[str, Spent]) -> None:
     """Raises QtjaxError unless every step learnt from what it should have: finite losses, exactly the budget's samples."""
     for setting in chosen:
         own = spent[key_of(setting)]
         if not all(math.isfinite(loss) and loss > 0 for loss in own.losses):
             raise QtjaxError(f"{key_of(setting)}: losses {own.losses}: not finite, so that its seconds count for nothing")
         keep = setting.changes.get("prune.sample_keep", 1.0)
-        wanted = max(1, math.floor(keep * batch + 1e-9))
-        if set(own.kept) != {wanted}:
-            raise QtjaxError(f"{key_of(setting)}: kept {sorted(set(own.kept))} samples of {batch}, not {wanted}")
+        for kept, samples in own.kept:
+            if kept != (wanted := max(1, math.floor(keep * samples + 1e-9))):
+                raise QtjaxError(f"{key_of(setting)}: kept {kept} samples of {samples}, not {wanted}")
 
 
 def lines(chosen: Sequence[Setting], spent: dict[str, Spent]) -> list[dict[str, Any]]:
@@ -226,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "completion-column": ("", "its answer column; empty: by format"),
             "model": (SMALL, f"HF folder, or {SMALL}: a LLaMA of that size with random weights"), "tokenizer": ("", f"sentencepiece model of 32,000 tokens, for {SMALL}"),
             "methods": ("full,lora", "full, lora or both"), "budgets": ("12.5x50,25x50,25x70,50x70", "percent of samples x of tokens"),
-            "modes": ("mask,drop", "mask, drop or both"), "steps": (6, "optimizer steps of full data; 0: one epoch"), "batch": (64, "samples of a step"),
+            "modes": ("mask,drop", "mask, drop or both"), "steps": (6, "optimizer steps of full data that are timed; 0: one epoch"), "batch": (64, "samples of a step"),
             "max-length": (512, "tokens of a sample and of a row"), "rows": (8, "packed rows of a launch"), "json": ("", "file for the numbers"),
             "picture": ("", "PNG"), "dtype": ("float32", "compute dtype"),
         },
@@ -259,20 +262,21 @@ def measure(given: dict[str, Any], chosen: Sequence[Setting], out: Path) -> dict
     common = {
         "model.path": model, "model.dtype": given["dtype"], "data.path": given["data"], "data.prompt_column": given["prompt-column"],
         "data.completion_column": given["completion-column"], "data.chat_template": "none", "data.eval_fraction": 0.0,
-        "data.max_length": given["max-length"], "data.max_samples": given["steps"] * given["batch"], "prune.batch_size": given["batch"],
+        "data.max_length": given["max-length"], "data.max_samples": (given["steps"] + 1) * given["batch"] if given["steps"] else 0, "prune.batch_size": given["batch"],
         "train.rows": given["rows"], "train.checkpoint_every": 10**6, "train.warmup_fraction": 0.0, "run.tensorboard": False,
         "run.export": False, "run.compile_cache": str(out / "compile_cache"),
     }  # fmt: skip
-    results, steps = {}, 0
+    results, steps, samples = {}, 0, 0
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for method in given["methods"].split(","):
             config = validate(override(Config(), common | METHODS[method]))
             use_compile_cache(config)
             task = progress.add_task(method, total=None)
             spent = run(config, chosen, out / method, lambda text: progress.update(task, description=f"{method}, {text}", advance=1))
-            check(chosen, spent, given["batch"])
-            results[method], steps = lines(chosen, spent), len(spent["full data"].cpu)
-    return {"settings": given, "machine": machine(), "jax": jax.__version__, "steps": steps, "samples": steps * given["batch"], "results": results}
+            check(chosen, spent)
+            results[method] = lines(chosen, spent)
+            steps, samples = len(spent["full data"].cpu), sum(count for _, count in spent["full data"].kept)
+    return {"settings": given, "machine": machine(), "jax": jax.__version__, "steps": steps, "samples": samples, "results": results}
 
 
 if __name__ == "__main__":

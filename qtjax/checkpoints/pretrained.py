@@ -58,7 +58,8 @@ def load_pretrained(
     config = read_config(folder).replace(
         dtype=_dtype(dtype), param_dtype=_dtype(param_dtype or dtype), quantization=quantization
     )
-    config = config.replace(attention=kernel_of(jax.default_backend() if mesh is None else mesh.devices.flat[0].platform, config.dtype))
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    config = config.replace(attention=kernel_of(device.client.platform, config.dtype))  # "cuda" or "rocm", where device.platform is "gpu"
     shardings = None
     if mesh is not None:
         from qtjax.parallel.sharding import param_shardings

@@ -3,7 +3,7 @@
 from qtjax.models.api import (
     abstract_params, apply, hidden_states, init_params, logical_axes, logits, rated_hidden_states, readout, segments,
 )  # fmt: skip
-from qtjax.models.attention import kernel_of
+from qtjax.models.attention import kernel_for, kernel_of
 from qtjax.models.config import ModelConfig, RopeScaling
 from qtjax.models.edits import AttentionEdit, EmbeddingEdit, Edits, LinearEdit, NormEdit, combine_trees
 from qtjax.models.generate import generate
@@ -32,6 +32,7 @@ __all__ = [
     "init_params",
     "int8_layers",
     "is_quantized_path",
+    "kernel_for",
     "kernel_of",
     "logical_axes",
     "logits",

@@ -102,13 +102,30 @@ def by_segments(config: ModelConfig, batch: int, length: int) -> bool:
     return not (batch % ways or config.num_key_value_heads % mesh.shape["tensor"])
 
 
+def kernel_for(config: ModelConfig, batch: int, length: int) -> str:
+    """The kernel that rows [batch, length] really take on the mesh that is set: config.attention, or "xla" where that takes no such rows.
+
+    With virtual tokens, a prefix or a rating it is always "xla" (but "cudnn" stays with a rating, whose weights are formed beside it).
+    """
+    if config.attention == "cudnn":
+        return "cudnn" if _cudnn_takes(config.head_dim, length) else "xla"
+    return config.attention if by_segments(config, batch, length) else "xla"
+
+
+def _cudnn_takes(head_dim: int, length: int) -> bool:
+    """Whether cuDNN's fused kernel takes rows of so many slots, backward pass included, on any NVIDIA GPU that has it."""
+    return head_dim <= 128 and head_dim % 8 == 0 and length % 2 == 0
+
+
 def attend(config: ModelConfig, q_BLHC: Array, k_BSKC: Array, v_BSKC: Array, sight: Array | Segments) -> Array:
     """Softmax attention, float32 statistics; a query that sees nothing gets a finite average. Returns [B, L, H, C].
 
     Args: sight: bool [B, 1, L, S], or `Segments` where `by_segments` says so.
     """
     if not isinstance(sight, Segments):
-        fused = config.attention == "cudnn" and q_BLHC.shape[1] == k_BSKC.shape[1]  # a whole row: nobody sees what comes later
+        length, dim = q_BLHC.shape[1], q_BLHC.shape[3]
+        whole = length == k_BSKC.shape[1]  # nobody sees what comes later
+        fused = config.attention == "cudnn" and whole and _cudnn_takes(dim, length)
         return jax.nn.dot_product_attention(
             q_BLHC, k_BSKC, v_BSKC, mask=sight, is_causal=fused, implementation="cudnn" if fused else "xla"
         )

@@ -51,6 +51,12 @@ def _score(subject: Subject, mesh: Mesh, rater: str, int8: bool, trainable: Tree
     return score_rows(*given, mesh, rows["task_ids"])
 
 
+def _in_dtype(config: models.ModelConfig, dtype: str, mesh: Mesh) -> models.ModelConfig:
+    """The config in another compute dtype, with that one's kernel where it had its own dtype's."""
+    kernel = partial(models.kernel_of, mesh.devices.flat[0].platform)
+    return config.replace(dtype=dtype, attention=kernel(dtype) if config.attention == kernel(config.dtype) else config.attention)
+
+
 def _draws(subject: Subject) -> bool:
     return subject.overlay is not None and subject.overlay.draws
 
@@ -86,7 +92,7 @@ def program_jobs(
     needs = pruners(prune)
     scoring = subject
     if prune.score_dtype not in ("", "int8"):
-        scoring = replace(subject, config=replace(subject.config, dtype=prune.score_dtype))
+        scoring = replace(subject, config=_in_dtype(subject.config, prune.score_dtype, mesh))
 
     def job(name: str, function: Callable, *arguments: Shapes, **options: Any) -> None:
         def compiled() -> Any:

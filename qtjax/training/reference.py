@@ -59,11 +59,17 @@ def other_model_scores(config: Config, field: str, dataset: TokenizedDataset, me
     """
     path = config.flat()[field]
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(resolve_folder(path)).iterdir()) if f.is_file()]
-    name = hashlib.sha256(f"{dataset.fingerprint} {path} {files} {rater}".encode()).hexdigest()[:16]
-    file = folder / f"{field.partition('.')[2]}-{name}.npy"
+    own = hashlib.sha256(f"{dataset.fingerprint} {path} {files} {rater}".encode()).hexdigest()[:16]
     shape = (3 if rater else 2, len(dataset.input_ids))
-    # Process 0 looks for all: where one read and another computed, they would wait for each other for ever.
-    if first_alone("look for kept scores", lambda: "there" if _read(file, shape) else "") != "there":
+
+    def kept(name: str) -> Path:
+        return folder / f"{field.partition('.')[2]}-{name}.npy"
+
+    # Process 0 looks for all: where one read and another computed, they would wait for each other for ever. And it names the file,
+    # since of a model from a hub every host may have a copy of its own date.
+    found, _, name = first_alone("look for kept scores", lambda: f"{'there' if _read(kept(own), shape) else ''} {own}").partition(" ")
+    file = kept(name)
+    if found != "there":
         _score(config, path, dataset, mesh, file, shape, rater)
         wait_for_all(f"score with {path}")
     found = _read(file, shape)

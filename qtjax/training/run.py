@@ -28,6 +28,7 @@ from qtjax.errors import QtjaxError
 from qtjax.models import ModelConfig, check_task_ids
 from qtjax.parallel import agree_max, batch_size, first_alone, make_mesh, round_up
 from qtjax.report.progress import TrainingProgress
+from qtjax.training.kernels import attention_said
 from qtjax.training.ladder import ladder
 from qtjax.training.loop import Loop
 from qtjax.training.optimizer import learning_rate_schedule
@@ -111,12 +112,12 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     console.print(
         f"model   {config.model.path}: {model.config.num_hidden_layers} layers, width {model.config.hidden_size};"
         f" rows {' or '.join(map(str, shapes))} x {row_length}; {programs.count} programs compiled in {compiled - loaded:.0f} s;"
-        f" attention: {model.config.attention}",
+        f" attention: {attention_said(model.subject, mesh, shapes, row_length, needs.token.rater)}",
         highlight=False, soft_wrap=True,
     )
     loop = Loop(
         config, mesh, dataset, plan, programs, state, frozen, shapes=shapes, row_length=row_length,
-        schedule=learning_rate_schedule(config.train, steps), last=steps,
+        schedule=jax.jit(learning_rate_schedule(config.train, steps)), last=steps,
         reference=None if reference is None else reference.scores[0], stored=None if stored is None else stored.scores,
     )  # fmt: skip
     checkpoints = RunState(folder.checkpoints, config.train.keep_checkpoints)

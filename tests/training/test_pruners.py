@@ -207,6 +207,14 @@ def test_the_reference_is_scored_once_and_read_back(opened, tiny_model, monkeypa
     monkeypatch.setattr(reference, "load_pretrained", None)
     found = reference.other_model_scores(loop.config, "prune.reference_model", loop.dataset, loop.mesh, folder)
     np.testing.assert_array_equal(found.scores[0], loop.reference)
+    # Another host's copy of a hub's model has another date: it takes the name that process 0 tells it.
+    (file,) = folder.glob("reference_model-*.npy")
+    name, other = file.stem.partition("-")[2], "0123456789abcdef"
+    for kept in folder.glob(f"reference_model-{name}.*"):
+        kept.rename(kept.with_name(kept.name.replace(name, other)))
+    monkeypatch.setattr(reference, "first_alone", lambda what, work: f"there {other}")
+    found = reference.other_model_scores(loop.config, "prune.reference_model", loop.dataset, loop.mesh, folder)
+    np.testing.assert_array_equal(found.scores[0], loop.reference)
 
 
 @pytest.mark.parametrize(
