@@ -103,11 +103,11 @@ class _Heads:
 
 
 def _extents(blocks: int) -> list[int]:
-    """Key extents, in blocks, that are compiled: 1 to 6, then about a third more each, so that few programs serve long rows."""
-    out, extent = [], 1
+    """Key extents, in blocks, that are compiled: 1, 2, 3, 5, 8, ..., so that few programs serve long rows and little is read in vain."""
+    out, extent, following = [], 1, 2
     while extent < blocks:
         out.append(extent)
-        extent += max(1, extent // 3)
+        extent, following = following, extent + following
     return [*out, blocks]
 
 

@@ -107,13 +107,12 @@ def chunk_for(width: int) -> int:
 def walk(wanted_T: jax.Array, plan: Plan, width: int, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
     """carry after body(slots [c], carry) for this device's wanted slots, in order, the out-of-range slot T as padding at the end.
 
-    Chunk after chunk; of the rest a half and a quarter of a chunk as it needs, so that few padding slots are multiplied: a launch on
+    Chunk after chunk, of the rest a quarter of one at a time, so that few padding slots are multiplied: a launch on
     a small device has a handful of chunks, and half of one wasted would be a tenth of the whole.
     """
     slots = wanted_T.shape[0]
-    sizes = [min(plan.chunk or chunk_for(width), slots)]
-    while len(sizes) < 3 and sizes[-1] % 2 == 0:
-        sizes.append(sizes[-1] // 2)
+    chunk = min(plan.chunk or chunk_for(width), slots)
+    sizes = [chunk, chunk // 4] if chunk % 4 == 0 else [chunk]
     least = sizes[-1]
     order = jnp.nonzero(wanted_T, size=-(-slots // least) * least, fill_value=slots)[0].astype(jnp.int32)
     left = (jnp.sum(order < slots, dtype=jnp.int32) + least - 1) // least  # in pieces of the least size

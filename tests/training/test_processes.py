@@ -42,13 +42,15 @@ door(main)
 
 
 def launch(folder: Path, *own: str, devices: int, error: str = "", cwd: Path = ROOT) -> subprocess.Popen:
-    """qtjax.train on so many CPU devices; what it says goes to a file beside the run folder. The last of `own` is the process."""
+    """qtjax.train on so many CPU devices; what it says goes to a file beside the run folder. The last of `own` is the process.
+
+    The compilation cache is one for all tests: they compile the same programs."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
     with open(folder.with_suffix(f".{own[-1] if own else 0}.log"), "a") as said:
         program = ["-c", RAISING.format(error=error)] if error else ["-m", "qtjax.train"]
         return subprocess.Popen(
-            [sys.executable, *program, *FLAGS, "--run.folder", str(folder), "--run.compile-cache", str(folder.parent / "compiled"), *own],
+            [sys.executable, *program, *FLAGS, "--run.folder", str(folder), "--run.compile-cache", str(folder.parent.parent / "compiled"), *own],
             cwd=cwd, env=env, stdout=said, stderr=said,
         )  # fmt: skip
 
