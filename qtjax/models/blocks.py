@@ -84,9 +84,13 @@ class _Heads:
         """[B K, L, C]"""
         return x_BLKC.transpose(0, 2, 1, 3).reshape(-1, self.length, self.dim)
 
+    def lying(self, x_BLKC: Array) -> Array:
+        """[B K, C, L]: of products with a narrow C, a CPU is several times slower at those that read it the other way."""
+        return x_BLKC.transpose(0, 2, 3, 1).reshape(-1, self.dim, self.length)
+
     def slots(self, x: Array) -> Array:
-        """[B K, L, C] back to [B, L, K, C]."""
-        return x.reshape(self.batch, self.kv_heads, self.length, self.dim).transpose(0, 2, 1, 3)
+        """[B K, C, L] back to [B, L, K, C]."""
+        return x.reshape(self.batch, self.kv_heads, self.dim, self.length).transpose(0, 3, 1, 2)
 
     def each(self, x: Array) -> Array:
         """[B, ...] repeated for every key/value head: [B K, ...]."""
@@ -111,9 +115,14 @@ def _extents(blocks: int) -> list[int]:
     return [*out, blocks]
 
 
-def _scores(shape: _Shape, group: int, q_RC: Array, k_SC: Array, queries: tuple[Array, Array], keys: tuple[Array, Array]) -> Array:
+def _product(a: Array, b: Array) -> Array:
+    """a @ b, float32."""
+    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _scores(shape: _Shape, group: int, q_RC: Array, k_CS: Array, queries: tuple[Array, Array], keys: tuple[Array, Array]) -> Array:
     """float32 [R, S'], `_HIDDEN` where a query does not see a key; queries and keys are (segments, slots) of their sides."""
-    scores = lax.dot_general(q_RC, k_SC, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * q_RC.shape[-1] ** -0.5
+    scores = _product(q_RC, k_CS) * q_RC.shape[-1] ** -0.5
     (own, at), (theirs, slot) = queries, keys
     distance = at[:, None] - slot[None, :]
     sees = (distance >= 0) & (own[:, None] == theirs[None, :]) & (theirs != 0)[None, :]
@@ -126,35 +135,36 @@ def _forward(shape: _Shape, q, k, v, segment, lowest):
     heads = _Heads(shape, q, k)
 
     def head(given):
-        queries_n, k_LC, v_LC, segment_L, lowest_n = given
+        queries_n, k_CL, v_LC, segment_L, lowest_n = given
 
         def block(given):
             i, q_RC, low = given
 
             def run(begin, size):
-                k_SC, v_SC, keys, own = _seen(i, begin, size, heads.block, k_LC, v_LC, segment_L)
-                scores = _scores(shape, heads.group, q_RC, k_SC, own, keys)
+                k_CS, v_SC = _cut(k_CL, begin, size, 1), _cut(v_LC, begin, size, 0)
+                scores = _scores(shape, heads.group, q_RC, k_CS, *_who(i, begin, size, heads.block, segment_L))
                 top = scores.max(axis=1, keepdims=True)
                 p = jnp.exp(scores - top)
                 total = p.sum(axis=1, keepdims=True)
-                y = lax.dot_general(p.astype(v.dtype), v_SC, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-                return (y / total).astype(q.dtype), top + jnp.log(total)
+                return (_product(p.astype(v.dtype), v_SC) / total).astype(q.dtype), top + jnp.log(total)
 
             return heads.choose(i, low, run)
 
         return lax.map(block, (jnp.arange(heads.blocks), queries_n, lowest_n))
 
-    out, log_sum = lax.map(head, (heads.queries(q), heads.keys(k), heads.keys(v), heads.each(segment), heads.each(lowest)))
+    out, log_sum = lax.map(head, (heads.queries(q), heads.lying(k), heads.keys(v), heads.each(segment), heads.each(lowest)))
     # Named, so that a remat policy can keep these two and need not run the loop again.
     out, log_sum = checkpoint_name(heads.rows(out), "attention"), checkpoint_name(log_sum, "attention")
     return out, (q, k, v, segment, lowest, out, log_sum)
 
 
-def _seen(i: Array, begin: Array, size: int, block: int, k_LC: Array, v_LC: Array, segment_L: Array) -> tuple[Any, ...]:
-    """(keys, values, (segments, slots) of the keys, the same of block i's queries)."""
-    cut = partial(lax.dynamic_slice_in_dim, start_index=begin, slice_size=size)
-    own = lax.dynamic_slice_in_dim(segment_L, i * block, block), i * block + jnp.arange(block)
-    return cut(k_LC), cut(v_LC), (cut(segment_L), begin + jnp.arange(size)), own
+_cut = lax.dynamic_slice_in_dim
+
+
+def _who(i: Array, begin: Array, size: int, block: int, segment_L: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """(segments, slots) of block i's queries, and of the keys that it reads."""
+    own = _cut(segment_L, i * block, block), i * block + jnp.arange(block)
+    return own, (_cut(segment_L, begin, size), begin + jnp.arange(size))
 
 
 def _backward(shape: _Shape, kept, dout):
@@ -163,39 +173,37 @@ def _backward(shape: _Shape, kept, dout):
     pull = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)  # what the softmax's own slope takes off
 
     def head(given):
-        queries_n, k_LC, v_LC, segment_L, lowest_n, slopes_n, pulls_n, log_sums_n = given
+        queries_n, k_LC, k_CL, v_CL, segment_L, lowest_n, slopes_n, pulls_n, log_sums_n = given
 
         def block(carry, given):
             i, q_RC, low, dy_RC, pull_R1, log_sum_R1 = given
 
-            def run(begin, size, dk_LC, dv_LC):
-                k_SC, v_SC, keys, own = _seen(i, begin, size, heads.block, k_LC, v_LC, segment_L)
-                p = jnp.exp(_scores(shape, heads.group, q_RC, k_SC, own, keys) - log_sum_R1)
-                dp = lax.dot_general(dy_RC, v_SC, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-                ds = (p * (dp - pull_R1) * heads.dim**-0.5).astype(q.dtype)
-                down = partial(lax.dot_general, dimension_numbers=(((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-                dk_LC, dv_LC = _added(dk_LC, begin, down(ds, q_RC)), _added(dv_LC, begin, down(p.astype(q.dtype), dy_RC))
-                dq_RC = lax.dot_general(ds, k_SC, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-                return (dk_LC, dv_LC), dq_RC.astype(q.dtype)
+            def run(begin, size, dk_CL, dv_CL):
+                k_CS, k_SC, v_CS = _cut(k_CL, begin, size, 1), _cut(k_LC, begin, size, 0), _cut(v_CL, begin, size, 1)
+                scores = _scores(shape, heads.group, q_RC, k_CS, *_who(i, begin, size, heads.block, segment_L))
+                p = jnp.exp(scores - log_sum_R1)
+                ds = (p * (_product(dy_RC, v_CS) - pull_R1) * heads.dim**-0.5).astype(q.dtype)
+                dk_CL, dv_CL = _added(dk_CL, begin, _product(q_RC.T, ds)), _added(dv_CL, begin, _product(dy_RC.T, p.astype(q.dtype)))
+                return (dk_CL, dv_CL), _product(ds, k_SC).astype(q.dtype)
 
             return heads.choose(i, low, run, *carry)
 
-        zeros = jnp.zeros((heads.length, heads.dim), jnp.float32)
+        zeros = jnp.zeros((heads.dim, heads.length), jnp.float32)
         items = (jnp.arange(heads.blocks), queries_n, lowest_n, slopes_n, pulls_n, log_sums_n)
         (dk, dv), dq = lax.scan(block, (zeros, zeros), items)
         return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
     given = (
-        heads.queries(q), heads.keys(k), heads.keys(v), heads.each(segment), heads.each(lowest), heads.queries(dout.astype(q.dtype)),
-        heads.queries(pull), log_sum,
+        heads.queries(q), heads.keys(k), heads.lying(k), heads.lying(v), heads.each(segment), heads.each(lowest),
+        heads.queries(dout.astype(q.dtype)), heads.queries(pull), log_sum,
     )  # fmt: skip
     dq, dk, dv = lax.map(head, given)
     return heads.rows(dq), heads.slots(dk), heads.slots(dv), None, None
 
 
-def _added(total_LC: Array, begin: Array, part_SC: Array) -> Array:
-    there = lax.dynamic_slice_in_dim(total_LC, begin, len(part_SC))
-    return lax.dynamic_update_slice_in_dim(total_LC, there + part_SC, begin, axis=0)
+def _added(total_CL: Array, begin: Array, part_CS: Array) -> Array:
+    there = _cut(total_CL, begin, part_CS.shape[1], 1)
+    return lax.dynamic_update_slice_in_dim(total_CL, there + part_CS, begin, axis=1)
 
 
 _attend.defvjp(_forward, _backward)
