@@ -114,7 +114,9 @@ def walk(wanted_T: jax.Array, plan: Plan, width: int, body: Callable[[jax.Array,
     chunk = min(plan.chunk or chunk_for(width), slots)
     sizes = [chunk, chunk // 4] if chunk % 4 == 0 else [chunk]
     least = sizes[-1]
-    order = jnp.nonzero(wanted_T, size=-(-slots // least) * least, fill_value=slots)[0].astype(jnp.int32)
+    # Longer by one piece: XLA knows that a slice as long as its array depends on no turn, and would take a loop's products out of it,
+    # to be computed whether it turns or not.
+    order = jnp.nonzero(wanted_T, size=(-(-slots // least) + 1) * least, fill_value=slots)[0].astype(jnp.int32)
     left = (jnp.sum(order < slots, dtype=jnp.int32) + least - 1) // least  # in pieces of the least size
     if plan.split_axes:  # the loop's collectives: every device turns as often as the others
         left = lax.pmax(left, plan.batch_axes)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from qtjax.checkpoints.folder import read_config, resolve_folder
 from qtjax.config import Config
 from qtjax.errors import QtjaxError
 from qtjax.flags import dashed
@@ -84,7 +85,8 @@ def memory_errors(config: Config) -> Iterator[None]:
         if (missing := shortage(str(error))) is None:
             raise
         doing = next((note for note in getattr(error, "__notes__", ()) if note.startswith(COMPILING)), "while running")
-        changes = [as_flags(each) for each in smaller(config, jax.device_count())]
+        width = read_config(resolve_folder(config.model.path)).hidden_size
+        changes = [as_flags(each) for each in smaller(config, jax.device_count(), width)]
         if config.overlay.method == "none":
             changes.append("--overlay.method lora")
         remedy = f"try {', '.join(changes)}" if changes else "use more devices, or a smaller model"
