@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtjax.errors import QtjaxError
-from qtjax.scoring import head_loss
+from qtjax.scoring import head_loss, token_scores
 
 
 def naive(hidden, kernel, labels, weights):
@@ -157,3 +157,17 @@ def test_bad_arguments_are_one_line(change, message):
     with pytest.raises(QtjaxError) as caught:
         head_loss(**arguments)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_launch_without_targets_multiplies_nothing(train):
+    """Where one chunk is as long as the row, its logits are still formed inside the loop alone: none for a row without targets."""
+    hidden, head = jnp.ones((1, 64, 16)), jnp.ones((16, 40))
+    labels, weights = jnp.zeros((1, 64), jnp.int32), jnp.ones((1, 64))
+    if train:
+        run, given = jax.value_and_grad(functools.partial(head_loss, chunk=64), (0, 1)), (hidden, head, labels, weights)
+    else:
+        run, given = functools.partial(token_scores, chunk=64), (hidden[0], head, labels[0], weights[0] > 0)
+    text = jax.jit(run).lower(*given).compile().as_text()
+    entry = text[text.index("\nENTRY ") :]
+    assert "f32[64,40]" in text and "f32[64,40]" not in entry[: entry.index("\n}")]
