@@ -5,7 +5,8 @@
 
 Every setting is a session as `python -m qtjax.train` opens it, on the same rows in the same order. All take step 1, then all step 2, and
 so on, so that what else the machine does falls on all alike. A step is scoring, decision, packing, training and update; left out are
-compilation and the first step of every epoch, which a process's first use of everything falls on. c = seconds of scoring / seconds of full data, k = tokens trained on / all tokens, both of this run; speed-ups are ratios of
+compilation and the first step of every epoch, which a process's first use of everything falls on. c = seconds of scoring / seconds of full data, k = tokens trained on / all tokens, both of this run; "targets": the same of answers' tokens, on
+which the head's part of a step goes instead (what is kept may answer at greater length than the rest). Speed-ups are ratios of
 CPU seconds over the same steps, wall clock beside them. "reused" scores in its first epoch of three and is compared with three epochs.
 """
 
@@ -57,7 +58,8 @@ class Setting(NamedTuple):
 
 @dataclass
 class Spent:
-    """A setting's steps: CPU and wall seconds of each, and of its scoring; tokens and slots launched. losses: mean nll of each step.
+    """A setting's steps: CPU and wall seconds of each, and of its scoring; tokens and slots launched, and
+    targets learnt. losses: mean nll of each step.
     kept: samples trained on, and those that could be."""
 
     cpu: list[float] = field(default_factory=list)
@@ -65,6 +67,7 @@ class Spent:
     score_cpu: list[float] = field(default_factory=list)
     tokens: int = 0
     slots: int = 0
+    targets: int = 0
     losses: list[float] = field(default_factory=list)
     kept: list[tuple[int, int]] = field(default_factory=list)
 
@@ -106,6 +109,7 @@ class Session:
         self.spent.score_cpu.append(self.loop.clock.cpu["score"])
         self.spent.tokens += metrics["trained_tokens"]
         self.spent.slots += metrics["trained_slots"]
+        self.spent.targets += metrics["kept_tokens"]
         self.spent.losses.append(metrics["loss"])
         self.spent.kept.append((metrics["kept_samples"], metrics["eligible"]))
 
@@ -163,7 +167,7 @@ def lines(chosen: Sequence[Setting], spent: dict[str, Spent]) -> list[dict[str, 
         c, k = sum(passes) / sum(full.cpu) / epochs, own.tokens / full.tokens / epochs
         row = {
             "setting": setting.name, "mode": setting.mode, "epochs": epochs, "steps": len(own.cpu), "c": c, "k": k,
-            "fill": own.tokens / own.slots, "cpu_seconds": sum(own.cpu), "wall_seconds": sum(own.wall),
+            "targets": own.targets / full.targets / epochs, "fill": own.tokens / own.slots, "cpu_seconds": sum(own.cpu), "wall_seconds": sum(own.wall),
             "tokens": own.tokens, "losses": [own.losses[0], own.losses[-1]],
         }  # fmt: skip
         if setting is not chosen[0]:
@@ -187,10 +191,10 @@ def bars(setting: Setting, row: dict[str, Any]) -> list[tuple[str, bool]]:
 def table(method: str, rows: list[dict[str, Any]], heading: str) -> Table:
     """One method's lines."""
     drawn = Table(title=f"{method}: {heading}", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left")
-    for name in ("setting", "mode", "c", "k", "fill", "CPU s", "1/(c+k)", "speed-up", "wall", "of the model", "bars"):
+    for name in ("setting", "mode", "c", "k", "targets", "fill", "CPU s", "1/(c+k)", "speed-up", "wall", "of the model", "bars"):
         drawn.add_column(name, justify="left" if name in ("setting", "mode", "bars") else "right", no_wrap=name == "setting")
     for row in rows:
-        cells = [row["setting"], row["mode"], f"{row['c']:.3f}", f"{row['k']:.3f}", f"{row['fill']:.1%}", f"{row['cpu_seconds']:.1f}"]
+        cells = [row["setting"], row["mode"], f"{row['c']:.3f}", f"{row['k']:.3f}", f"{row['targets']:.3f}", f"{row['fill']:.1%}", f"{row['cpu_seconds']:.1f}"]
         if "model" in row:
             cells += [f"{row['model']:.2f}x", f"{row['speedup']:.2f}x", f"{row['wall_speedup']:.2f}x", f"{row['speedup'] / row['model']:.0%}"]
             cells.append(", ".join(f"{rule}: {'met' if met else 'NOT met'}" for rule, met in row["bars"]))

@@ -10,7 +10,7 @@ from qtjax.errors import QtjaxError
 
 
 def spent(cpu, score, tokens, steps=2, kept=8, slots=None, of=64):
-    return Spent([cpu] * steps, [2 * cpu] * steps, [score] * steps, tokens * steps, (slots or tokens) * steps, [2.0] * steps, [(kept, of)] * steps)
+    return Spent([cpu] * steps, [2 * cpu] * steps, [score] * steps, tokens * steps, (slots or tokens) * steps, tokens * steps // 2, [2.0] * steps, [(kept, of)] * steps)
 
 
 def test_the_model_and_the_speed_up_are_those_of_the_numbers():
@@ -22,7 +22,7 @@ def test_the_model_and_the_speed_up_are_those_of_the_numbers():
     full, plain, again = lines(chosen, found | {"Q-Tuning 12.5x50, reused mask": reused})
     assert full["c"] == 0 and full["k"] == 1 and "model" not in full
     assert (plain["c"], plain["k"], plain["model"], plain["speedup"], plain["wall_speedup"]) == pytest.approx((0.3, 0.2, 2.0, 2.5, 2.5))
-    assert plain["fill"] == pytest.approx(0.8) and plain["bars"] == [("0.9 of it", True), ("1.38x", True)]
+    assert plain["fill"] == pytest.approx(0.8) and plain["targets"] == pytest.approx(0.2) and plain["bars"] == [("0.9 of it", True), ("1.38x", True)]
     # three epochs of full data are 60 s, its own 12 s; one scoring pass of three: c = 0.1
     assert (again["c"], again["k"], again["speedup"]) == pytest.approx((0.1, 0.2, 5.0)) and again["bars"] == [("3x", True)]
     slow = lines(chosen[:2], {"full data": spent(10, 0, 100), "Q-Tuning 12.5x50 mask": spent(9, 3, 20)})[1]
