@@ -5,9 +5,10 @@
 
 Every setting is a session as `python -m qtjax.train` opens it, on the same rows in the same order. All take step 1, then all step 2, and
 so on, so that what else the machine does falls on all alike. A step is scoring, decision, packing, training and update; left out are
-compilation and the first step of every epoch, which a process's first use of everything falls on. c = seconds of scoring / seconds of full data, k = tokens trained on / all tokens, both of this run; "targets": the same of answers' tokens, on
-which the head's part of a step goes instead (what is kept may answer at greater length than the rest). Speed-ups are ratios of
-CPU seconds over the same steps, wall clock beside them. "reused" scores in its first epoch of three and is compared with three epochs.
+compilation and the first step of every epoch, which a process's first use of everything falls on. c = seconds of scoring / seconds of
+full data, k = tokens trained on / all tokens, both of this run; "targets": the same of answers' tokens, which the head's part of a step
+goes with instead (what is kept may answer at greater length than the rest). Speed-ups are ratios of CPU seconds over the same steps, wall
+clock beside them. "reused" scores in its first epoch of three and is compared with three epochs.
 """
 
 import json
