@@ -108,6 +108,8 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
             model.subject, mesh, config.prune, config.train.loss, optimizer, state, frozen, shapes=shapes, row_length=row_length,
             samples=samples, max_length=config.data.max_length, on_done=lambda name: status.update(f"compiling: {name} done"),
         )  # fmt: skip
+    schedule = jax.jit(learning_rate_schedule(config.train, steps))
+    schedule(0)  # compiled here, not in the first step
     compiled = time.perf_counter()
     console.print(
         f"model   {config.model.path}: {model.config.num_hidden_layers} layers, width {model.config.hidden_size};"
@@ -117,7 +119,7 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     )
     loop = Loop(
         config, mesh, dataset, plan, programs, state, frozen, shapes=shapes, row_length=row_length,
-        schedule=jax.jit(learning_rate_schedule(config.train, steps)), last=steps,
+        schedule=schedule, last=steps,
         reference=None if reference is None else reference.scores[0], stored=None if stored is None else stored.scores,
     )  # fmt: skip
     checkpoints = RunState(folder.checkpoints, config.train.keep_checkpoints)
