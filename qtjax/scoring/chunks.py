@@ -107,16 +107,17 @@ def chunk_for(width: int) -> int:
 def walk(wanted_T: jax.Array, plan: Plan, width: int, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
     """carry after body(slots [c], carry) for this device's wanted slots, in order, the out-of-range slot T as padding at the end.
 
-    Chunk after chunk, of the rest a quarter of one at a time, so that few padding slots are multiplied: a launch on
-    a small device has a handful of chunks, and half of one wasted would be a tenth of the whole.
+    Chunk after chunk; on a device alone the rest a quarter of one at a time, so that few padding slots are multiplied: a launch on a
+    small device has a handful of chunks, and half of one wasted would be a tenth of the whole.
     """
     slots = wanted_T.shape[0]
     chunk = min(plan.chunk or chunk_for(width), slots)
-    sizes = [chunk, chunk // 4] if chunk % 4 == 0 else [chunk]
+    sizes = [chunk, chunk // 4] if chunk % 4 == 0 and plan.mesh is None else [chunk]
     least = sizes[-1]
     # Longer by one piece: XLA knows that a slice as long as its array depends on no turn, and would take a loop's products out of it,
-    # to be computed whether it turns or not.
-    order = jnp.nonzero(wanted_T, size=(-(-slots // least) + 1) * least, fill_value=slots)[0].astype(jnp.int32)
+    # to be computed whether it turns or not. On a mesh it may: a loop of one turn that is none lets the kernel's gradient be scattered.
+    room = -(-slots // least) * least + (least if plan.mesh is None else 0)
+    order = jnp.nonzero(wanted_T, size=room, fill_value=slots)[0].astype(jnp.int32)
     left = (jnp.sum(order < slots, dtype=jnp.int32) + least - 1) // least  # in pieces of the least size
     if plan.split_axes:  # the loop's collectives: every device turns as often as the others
         left = lax.pmax(left, plan.batch_axes)
