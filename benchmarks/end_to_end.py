@@ -59,9 +59,8 @@ class Setting(NamedTuple):
 
 @dataclass
 class Spent:
-    """A setting's steps: CPU and wall seconds of each, and of its scoring; tokens and slots launched, and
-    targets learnt. losses: mean nll of each step.
-    kept: samples trained on, and those that could be."""
+    """A setting's steps: CPU and wall seconds of each, and of its scoring; tokens and slots launched, targets learnt; losses: mean nll of
+    each step; kept: samples trained on, and those that could be."""
 
     cpu: list[float] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
