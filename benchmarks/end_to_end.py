@@ -32,6 +32,7 @@ from benchmarks.peers.inputs import SMALL, write_small
 from qtjax.config import Config, override, validate
 from qtjax.errors import QtjaxError, door
 from qtjax.flags import parse_flags
+from qtjax.pages import with_own_pages
 from qtjax.train import use_compile_cache
 from qtjax.training.run import open_session
 from qtjax.training.run_folder import RunFolder
@@ -284,4 +285,5 @@ def measure(given: dict[str, Any], chosen: Sequence[Setting], out: Path) -> dict
 
 
 if __name__ == "__main__":
+    with_own_pages(keep=True)
     door(main)

@@ -34,6 +34,7 @@ from qtjax.errors import QtjaxError, door
 from qtjax.flags import parse_flags
 from qtjax.models.attention import rope_tables, rotate
 from qtjax.models.blocks import blockwise, first_slots
+from qtjax.pages import with_own_pages
 from qtjax.scoring import head_loss, token_scores
 from qtjax.tree import flatten
 
@@ -235,4 +236,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    with_own_pages(keep=True)
     door(main)

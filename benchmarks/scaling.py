@@ -41,6 +41,7 @@ from benchmarks.machine import machine
 from qtjax.atomic import write_json
 from qtjax.errors import QtjaxError, door, near_names
 from qtjax.flags import parse_flags
+from qtjax.pages import with_own_pages
 
 PANELS = {"length": "tokens of a row", "batch": "rows of a launch", "model": "parameters", "data": "rows of data"}
 AGREE = 1e-4  # of the loss, relative; of a gradient's norm ten times that
@@ -320,4 +321,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    with_own_pages(keep=True)
     door(main)

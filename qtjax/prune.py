@@ -9,7 +9,7 @@ from rich.table import Table
 
 from qtjax.config import load_config
 from qtjax.errors import QtjaxError, door
-from qtjax.pages import with_huge_pages
+from qtjax.pages import with_own_pages
 
 # Seconds between parts on disk: what a stop may cost.
 _EVERY = 30.0
@@ -97,5 +97,5 @@ def summary(scores, config, name: str) -> Table:
 
 
 if __name__ == "__main__":
-    with_huge_pages()
+    with_own_pages(keep=False)
     door(main)

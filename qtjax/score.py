@@ -11,7 +11,7 @@ from rich.table import Table
 from qtjax.atomic import disk_errors, write_atomic
 from qtjax.config import load_config
 from qtjax.errors import QtjaxError, door
-from qtjax.pages import with_huge_pages
+from qtjax.pages import with_own_pages
 
 _MEANING = {1: "noise: drop", 2: "misconception: prune tokens", 3: "redundant: drop", 4: "calibration: keep whole"}
 
@@ -91,5 +91,5 @@ def summary_table(table, correlation: float, name: str) -> Table:
 
 
 if __name__ == "__main__":
-    with_huge_pages()
+    with_own_pages(keep=False)
     door(main)

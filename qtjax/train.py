@@ -6,7 +6,7 @@ from rich.console import Console
 
 from qtjax.config import Config, load_config
 from qtjax.errors import door
-from qtjax.pages import with_huge_pages
+from qtjax.pages import with_own_pages
 
 
 def use_compile_cache(config: Config) -> None:
@@ -44,5 +44,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with_huge_pages()
+    with_own_pages(keep=True)
     door(main)

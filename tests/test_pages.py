@@ -1,6 +1,7 @@
-"""Huge pages are asked for once, where Linux waits to be asked, and the public names come when they are asked for."""
+"""Huge and lasting pages are asked for once, where they help, and the public names come when they are asked for."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -10,21 +11,66 @@ import qtjax
 from qtjax import pages
 
 
+HUGE, KEPT = pages.HUGE, pages.KEPT
+MADVISE = "always [madvise] never"
+
+
 @pytest.mark.parametrize(
-    ("said", "tunables", "again"),
-    [("always [madvise] never", None, True), ("always [madvise] never", "x", False), ("[always] madvise never", None, False), (None, None, False)],
+    ("said", "keep", "environ", "device", "tunables"),
+    [
+        (MADVISE, False, {}, "", HUGE),
+        (MADVISE, True, {}, "", f"{HUGE}:{KEPT}"),
+        ("[always] madvise never", False, {}, "", None),
+        ("[always] madvise never", True, {}, "", KEPT),
+        (None, False, {}, "", None),
+        (None, True, {}, "", KEPT),
+        (MADVISE, True, {"GLIBC_TUNABLES": "x"}, "", None),
+        (MADVISE, True, {}, "nvidia0", None),
+        (MADVISE, True, {}, "vfio/0", None),
+        (MADVISE, True, {"JAX_PLATFORMS": "cpu"}, "accel0", f"{HUGE}:{KEPT}"),
+    ],
 )
-def test_the_process_starts_again_only_where_it_helps(tmp_path, monkeypatch, said, tunables, again):
-    """Only under madvise, only without settings of the user's own, with the same command and once."""
-    started = []
-    switch = tmp_path / "enabled"
+def test_the_process_starts_again_only_where_it_helps(tmp_path, monkeypatch, said, keep, environ, device, tunables):
+    """Huge pages only under madvise, kept memory where asked for; neither beside settings of the user's own or an accelerator; the
+    same command, once."""
+    started, environ = [], dict(environ)
+    switch, devices = tmp_path / "enabled", tmp_path / "dev"
     if said is not None:
         switch.write_text(said)
+    (devices / device).parent.mkdir(parents=True, exist_ok=True)
+    (devices / device).touch() if device else devices.mkdir(exist_ok=True)
+    monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(os, "execv", lambda program, argv: started.append((program, argv)))
-    monkeypatch.setattr(os, "environ", {} if tunables is None else {"GLIBC_TUNABLES": tunables})
-    pages.with_huge_pages(switch)
-    pages.with_huge_pages(switch)  # the new process comes here too
-    assert started == ([(sys.executable, sys.orig_argv)] if again else [])
+    monkeypatch.setattr(os, "environ", environ)
+    before = environ.get("GLIBC_TUNABLES")
+    for _ in range(2):  # the new process comes here too
+        pages.with_own_pages(keep=keep, switch=switch, devices=devices)
+    assert started == ([(sys.executable, sys.orig_argv)] if tunables else [])
+    assert environ.get("GLIBC_TUNABLES") == (tunables or before)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own settings")
+def test_kept_memory_is_not_asked_for_again():
+    """An array of 128 MiB that is freed and made again by another thread: with KEPT its pages are still there, without they come anew."""
+    code = """
+import resource, threading
+import numpy as np
+faults = []
+def fill():
+    for _ in range(5):
+        begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        np.ones(1 << 24)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin)
+thread = threading.Thread(target=fill)
+thread.start()
+thread.join()
+print(faults[-1])
+"""
+    counted = {}
+    for tunables in ("glibc.malloc.hugetlb=0", KEPT):
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env={**os.environ, "GLIBC_TUNABLES": tunables})
+        counted[tunables] = int(done.stdout)
+    assert counted[KEPT] < 10 < counted["glibc.malloc.hugetlb=0"], counted
 
 
 def test_a_door_says_its_help_without_loading_jax():

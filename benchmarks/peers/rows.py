@@ -4,14 +4,16 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from qtjax.errors import QtjaxError, near_names
+from qtjax.pages import HUGE, KEPT
 
 FULL, LORA, SCORE = "full fine-tuning", "LoRA", "scoring"
 RANK, ALPHA = 8, 16
 # glibc gives large arrays back to the system and clears them again at every step unless it is told to keep them; PyTorch's
 # tuning guide answers the same with jemalloc.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30), "MALLOC_TOP_PAD_": str(256 << 20)}
-# What `python -m qtjax.train` gives itself (qtjax/pages.py), and tuned torch as well.
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+# What `python -m qtjax.score` and `train` give themselves (qtjax/pages.py); tuned torch has what `train` has.
+HUGE_PAGES = {"GLIBC_TUNABLES": HUGE}
+TRAINING = {"GLIBC_TUNABLES": f"{HUGE}:{KEPT}"}
 TUNED = {"logits": "answers", "micro": 4, "fused": True}
 COMPILED = TUNED | {"compile": True}
 EAGER = TUNED | {"attention": "eager"}
@@ -37,24 +39,24 @@ class Row(NamedTuple):
 
 
 ROWS = {row.name: row for row in (
-    Row("qtjax", "qtjax, full data", FULL, "qtjax", "qtjax_train.py", variables=HUGE_PAGES),
+    Row("qtjax", "qtjax, full data", FULL, "qtjax", "qtjax_train.py", variables=TRAINING),
     Row("torch", "torch loop", FULL, "torch", "torch_loop.py"),
     Row("torch-answers", "torch, logits of answers", FULL, "torch", "torch_loop.py", {"logits": "answers"}),
-    Row("torch-tuned", "torch, tuned: micro-batches", FULL, "torch", "torch_loop.py", TUNED, variables=KEEP_MEMORY | HUGE_PAGES),
-    Row("torch-grouped", "torch, tuned: + by length", FULL, "torch", "torch_loop.py", GROUPED, True, variables=KEEP_MEMORY | HUGE_PAGES),
-    Row("torch-eager", "torch, tuned: eager attention", FULL, "torch", "torch_loop.py", EAGER, usual=False, variables=KEEP_MEMORY | HUGE_PAGES),
-    Row("torch-compile", "torch, tuned: compiled", FULL, "torch", "torch_loop.py", COMPILED, usual=False, variables=KEEP_MEMORY | HUGE_PAGES),
+    Row("torch-tuned", "torch, tuned: micro-batches", FULL, "torch", "torch_loop.py", TUNED, variables=KEEP_MEMORY | TRAINING),
+    Row("torch-grouped", "torch, tuned: + by length", FULL, "torch", "torch_loop.py", GROUPED, True, variables=KEEP_MEMORY | TRAINING),
+    Row("torch-eager", "torch, tuned: eager attention", FULL, "torch", "torch_loop.py", EAGER, usual=False, variables=KEEP_MEMORY | TRAINING),
+    Row("torch-compile", "torch, tuned: compiled", FULL, "torch", "torch_loop.py", COMPILED, usual=False, variables=KEEP_MEMORY | TRAINING),
     Row("trl", "TRL, defaults", FULL, "torch", "trl_sft.py"),
     Row("trl-no-checkpoint", "TRL, no checkpointing", FULL, "torch", "trl_sft.py", {"checkpoint": False}),
     Row("trl-packing", "TRL, packing", FULL, "torch", "trl_sft.py", {"packing": True}, True),
     Row("trl-compile", "TRL, compiled", FULL, "torch", "trl_sft.py", {"compile": True}, usual=False),
     Row("tunix", "Tunix", FULL, "tunix", "tunix_loop.py"),
-    Row("qtjax-lora", "qtjax, LoRA", LORA, "qtjax", "qtjax_train.py", variables=HUGE_PAGES),
+    Row("qtjax-lora", "qtjax, LoRA", LORA, "qtjax", "qtjax_train.py", variables=TRAINING),
     Row("peft", "peft, torch loop", LORA, "torch", "torch_loop.py"),
-    Row("peft-tuned", "peft, torch loop tuned", LORA, "torch", "torch_loop.py", TUNED, variables=KEEP_MEMORY | HUGE_PAGES),
+    Row("peft-tuned", "peft, torch loop tuned", LORA, "torch", "torch_loop.py", TUNED, variables=KEEP_MEMORY | TRAINING),
     Row("qtjax-score", "qtjax, scoring", SCORE, "qtjax", "qtjax_score.py", variables=HUGE_PAGES),
     Row("torch-score", "torch, all logits", SCORE, "torch", "torch_score.py"),
-    Row("torch-score-tuned", "torch, tuned: micro-batches", SCORE, "torch", "torch_score.py", TUNED, variables=KEEP_MEMORY | HUGE_PAGES),
+    Row("torch-score-tuned", "torch, tuned: micro-batches", SCORE, "torch", "torch_score.py", TUNED, variables=KEEP_MEMORY | TRAINING),
 )}  # fmt: skip
 OWN = {FULL: "qtjax", LORA: "qtjax-lora", SCORE: "qtjax-score"}
 BEST_TORCH = ("torch", "torch-answers", "torch-tuned", "torch-grouped", "torch-eager", "torch-compile")
