@@ -12,7 +12,7 @@ import jax
 from qtjax.errors import QtjaxError, door
 from qtjax.parallel.hosts import wait_for_all
 
-HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead and the others stop
+HEARTBEAT = 20  # seconds without a sign of life after which a process counts as dead and the others stop
 JOINING = 300  # seconds to wait for the others at the start
 LEAVING = 10  # seconds in which the others come to the same end, where it is the same (bad input, a signal to all)
 
@@ -90,8 +90,8 @@ def _leave(error: BaseException) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-        # A collective that failed: another process is gone. The coordinator is about to say which, and to end this one.
-        time.sleep(2 * HEARTBEAT)
+        # Maybe a collective that failed, since another process is gone: the coordinator is about to say which, and to end this one.
+        time.sleep(HEARTBEAT + 5 - LEAVING)  # LEAVING went by already
     print(f"process {jax.process_index()} of {jax.process_count()} ends here; the others stop when they miss it", file=sys.stderr, flush=True)
     os._exit(code)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -27,6 +28,7 @@ FLAGS = [
 # qtjax.train, but its fourth step is an error: the user's (a disk that refuses one process only) or a bug.
 RAISING = """
 import sys
+import jax
 from qtjax.errors import QtjaxError, door
 from qtjax.train import main
 from qtjax.training.loop import Loop
@@ -169,6 +171,7 @@ def test_another_model_s_scores_are_written_once_and_read_by_all(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("errors", "code", "said", "missed"), [
     (("", "RuntimeError('a bug in one process')"), 1, "a bug in one process", "tasks are unhealthy (stopped sending heartbeats):\n1\n"),
+    (("", "jax.errors.JaxRuntimeError('INTERNAL: its own')"), 1, "INTERNAL: its own", "tasks are unhealthy (stopped sending heartbeats):\n1\n"),
     (("QtjaxError('its disk is full')", ""), 2, "error: its disk is full\n", "leader task was preempted/died"),
     (("QtjaxError('bad for all')",) * 2, 2, "error: bad for all\n", ""),
 ])  # fmt: skip
@@ -211,6 +214,41 @@ def test_a_mistake_is_one_line_on_every_process(tmp_path):
     assert [process.wait(timeout=200) for process in both] == [2, 2]
     assert "bad.jsonl:2: malformed JSON" in (tmp_path / "run2.0.log").read_text()
     assert "error: process 0 could not prepare the data: see what it says\n" in (tmp_path / "run2.1.log").read_text()
+
+
+JOINED = """
+import jax
+from qtjax.parallel import all_rows, join_processes
+import numpy as np
+join_processes("auto", 0, -1)
+print(jax.process_index(), jax.process_count(), jax.device_count(), all_rows(np.full(1, jax.process_index())).tolist())
+"""
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as own:
+        return own.connect_ex(("localhost", port)) != 0
+
+
+@pytest.mark.parametrize("launcher", ["SLURM", "Open MPI"])
+def test_auto_finds_what_started_it(launcher):
+    """`--coordinator auto` reads number, place and first address of the processes from the launcher's variables: two of two devices
+    meet, count four and exchange what they hold."""
+    first = 65535 - 2**12 + 1  # of the ports among which JAX picks one by the job's number
+    port = next(port for port in random.sample(range(first, 65536), 100) if is_free(port))
+    job = port - first
+    started = []
+    for i in range(2):
+        own = {
+            "SLURM": {"JOB_ID": job, "STEP_NODELIST": "localhost", "NTASKS": 2, "PROCID": i, "LOCALID": i},
+            "Open MPI": {"MCA_orte_hnp_uri": f"{job * 2**12}.0;tcp://127.0.0.1:1", "COMM_WORLD_SIZE": 2, "COMM_WORLD_RANK": i, "COMM_WORLD_LOCAL_RANK": i},
+        }[launcher]
+        prefix = {"SLURM": "SLURM_", "Open MPI": "OMPI_"}[launcher]
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        env |= {prefix + name: str(value) for name, value in own.items()}
+        started.append(subprocess.Popen([sys.executable, "-c", JOINED], env=env, stdout=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=120)[0] for process in started]
+    assert [text.splitlines()[-1] for text in said] == ["0 2 4 [0, 1]", "1 2 4 [0, 1]"]
 
 
 @pytest.mark.parametrize(("given", "message"), [
