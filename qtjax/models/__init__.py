@@ -4,7 +4,7 @@ from qtjax.models.api import (
     abstract_params, apply, hidden_states, init_params, logical_axes, logits, rated_hidden_states, readout, segments,
 )  # fmt: skip
 from qtjax.models.attention import kernel_for, kernel_of
-from qtjax.models.config import ModelConfig, RopeScaling
+from qtjax.models.config import ModelConfig, RopeScaling, unrolled
 from qtjax.models.edits import AttentionEdit, EmbeddingEdit, Edits, LinearEdit, NormEdit, combine_trees
 from qtjax.models.generate import generate
 from qtjax.models.int8 import int8_layers
@@ -40,4 +40,5 @@ __all__ = [
     "rated_hidden_states",
     "readout",
     "segments",
+    "unrolled",
 ]

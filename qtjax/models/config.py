@@ -21,6 +21,11 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
 
 
+# The largest width and number of layers at which a run unrolls them by itself (docs/performance.md): what the loop costs, slices of what it
+# stacks, goes with the width, and products with its square; each layer more is as much more to compile.
+UNROLLED_WIDTH, UNROLLED_LAYERS = 128, 8
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Names are Hugging Face's; the last six fields say how to compute, not what, and are not written to config.json.
@@ -198,3 +203,9 @@ def _rope(raw: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
         float(merged["high_freq_factor"]),
         int(merged["original_max_position_embeddings"]),
     )
+
+
+def unrolled(config: ModelConfig, choice: str) -> bool:
+    """ModelConfig.unroll_layers of a run whose config says "true", "false" or "auto": by the model's size."""
+    small = config.hidden_size <= UNROLLED_WIDTH and config.num_hidden_layers <= UNROLLED_LAYERS
+    return choice == "true" or (choice == "auto" and small)

@@ -60,7 +60,7 @@ def abstract_run(config: Config, shape: ModelConfig, mesh: Mesh, steps: int = 10
     """
     m = config.model
     shape = shape.replace(
-        dtype=m.dtype, param_dtype=m.param_dtype, remat=m.remat, unroll_layers=m.unroll_layers,
+        dtype=m.dtype, param_dtype=m.param_dtype, remat=m.remat, unroll_layers=models.unrolled(shape, m.unroll_layers),
         quantization=None if m.quantization == "none" else m.quantization, attention=_kernel(mesh, m.dtype),
     )  # fmt: skip
     subject = Subject(shape, None if config.overlay.method == "none" else check_overlay(config, shape, steps))

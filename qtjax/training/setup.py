@@ -41,7 +41,7 @@ def load_model(config: Config, mesh: Mesh, total_steps: int = 0) -> Model:
         m.path, m.dtype, mesh=mesh, param_dtype=m.param_dtype, random_init=m.random_init, key=jax.random.fold_in(key, 1),
         quantization=None if m.quantization == "none" else m.quantization,
     )  # fmt: skip
-    model_config = model_config.replace(remat=m.remat, unroll_layers=m.unroll_layers)
+    model_config = model_config.replace(remat=m.remat, unroll_layers=models.unrolled(model_config, m.unroll_layers))
     overlay = new_overlay(config, model_config, params, jax.random.fold_in(key, 2), total_steps)
     return Model(Subject(model_config, overlay), params)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qtjax.models import ModelConfig, abstract_params, apply, hidden_states
+from qtjax.models import ModelConfig, abstract_params, apply, hidden_states, unrolled
 from qtjax.tree import flatten, unflatten
 
 TINY = ModelConfig(
@@ -141,6 +141,13 @@ def test_remat_and_unroll_do_not_change_the_numbers():
     for changes in ({"remat": "dots"}, {"remat": "full"}, {"remat": "full", "unroll_layers": True}):
         other = loss_and_gradient(TINY.replace(**changes))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=2e-5), plain, other)
+
+
+def test_a_run_unrolls_the_layers_of_small_models_by_itself():
+    """auto goes with width and number of layers; what is asked for goes before it."""
+    small, wide, deep = (TINY.replace(hidden_size=width, num_hidden_layers=count) for width, count in ((128, 8), (129, 2), (64, 9)))
+    assert [unrolled(config, "auto") for config in (small, wide, deep)] == [True, False, False]
+    assert unrolled(wide, "true") and not unrolled(small, "false")
 
 
 def test_full_remat_recomputes_the_layer():
