@@ -23,7 +23,7 @@ class RopeScaling:
 
 # The largest width and number of layers at which a run unrolls them by itself (docs/performance.md): what the loop costs, slices of what it
 # stacks, goes with the width, and products with its square; each layer more is as much more to compile.
-UNROLLED_WIDTH, UNROLLED_LAYERS = 128, 8
+UNROLLED_WIDTH, UNROLLED_LAYERS = 64, 8
 
 
 @dataclass(frozen=True)

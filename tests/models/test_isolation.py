@@ -145,7 +145,7 @@ def test_remat_and_unroll_do_not_change_the_numbers():
 
 def test_a_run_unrolls_the_layers_of_small_models_by_itself():
     """auto goes with width and number of layers; what is asked for goes before it."""
-    small, wide, deep = (TINY.replace(hidden_size=width, num_hidden_layers=count) for width, count in ((128, 8), (129, 2), (64, 9)))
+    small, wide, deep = (TINY.replace(hidden_size=width, num_hidden_layers=count) for width, count in ((64, 8), (72, 2), (32, 9)))
     assert [unrolled(config, "auto") for config in (small, wide, deep)] == [True, False, False]
     assert unrolled(wide, "true") and not unrolled(small, "false")
 
