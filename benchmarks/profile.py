@@ -142,10 +142,8 @@ def timer() -> Callable[[], float]:
 
 
 def take_turns(programs: dict[str, tuple[Any, tuple[Any, ...]]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every program, once a round, after one untimed run."""
+    """Seconds of every program, once a round."""
     clock = timer()
-    for program, given in programs.values():
-        jax.block_until_ready(program(*given))
     spent: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(rounds):
         for name, (program, given) in programs.items():
