@@ -12,7 +12,7 @@ from qtjax.config import Config, DataSection, EvalSection, ModelSection, PruneSe
 
 def get_config() -> Config:
     return Config(
-        model=ModelSection(path="runs/base/init", unroll_layers="true"),
+        model=ModelSection(path="runs/base/init", unroll_layers=True),
         data=DataSection(path="runs/base/text.jsonl", format="text", chat_template="none", eval_fraction=0.005, max_length=256),
         prune=PruneSection(sample_pruner="none", token_pruner="none", batch_size=24),
         train=TrainSection(

@@ -21,7 +21,7 @@ from qtjax.config import Config, DataSection, EvalSection, ModelSection, PruneSe
 
 def get_config() -> Config:
     return Config(
-        model=ModelSection(path="smol", unroll_layers="true"),
+        model=ModelSection(path="smol", unroll_layers=True),
         data=DataSection(path="corpus.jsonl", format="text", chat_template="none", eval_fraction=0.01, max_length=256),
         prune=PruneSection(sample_pruner="none", token_pruner="none", batch_size=16),
         train=TrainSection(

@@ -43,7 +43,7 @@ class ModelSection:
     dtype: str = knob("float32", "compute dtype of matrix products and activations", choices=DTYPES)
     param_dtype: str = knob("float32", "dtype in which parameters are stored and updated", choices=DTYPES)
     remat: str = knob("none", "what the backward pass recomputes per layer; offload: all, inputs wait on the host", choices=("none", "dots", "full", "offload"))
-    unroll_layers: str = knob("auto", "whether the layers are unrolled instead of one in a loop; auto: in small models", choices=("auto", "true", "false"))
+    unroll_layers: bool = knob(False, "unroll the loop over layers, as small models always do: faster steps, slower compilation")
     quantization: str = knob(
         "none", "the layers' kernels packed while loading, a frozen base for overlays (QLoRA)", choices=("none", "nf4", "int8", "int4")
     )

@@ -20,14 +20,13 @@ def with_own_pages(*, keep: bool, switch: Path = _SWITCH, devices: Path = _DEVIC
     virtual machine may have taken away by its host and gets back slowly: with `keep` none of it is given back.
 
     Call it before anything is imported that takes long, from a program's own `__main__` only. Does nothing where GLIBC_TUNABLES is set
-    already, or where arrays live elsewhere: an accelerator's device file is there and JAX_PLATFORMS is not "cpu".
+    already; keeps nothing where arrays live elsewhere: an accelerator's device file is there and JAX_PLATFORMS is not "cpu".
     """
     if sys.platform != "linux" or "GLIBC_TUNABLES" in os.environ:
         return
-    if os.environ.get("JAX_PLATFORMS") != "cpu" and any(found for name in _ACCELERATORS for found in devices.glob(name)):
-        return
+    keep = keep and (os.environ.get("JAX_PLATFORMS") == "cpu" or not any(found for name in _ACCELERATORS for found in devices.glob(name)))
     ask = switch.exists() and "[madvise]" in switch.read_text()
     tunables = [HUGE] * ask + [KEPT] * keep
     if tunables:
         os.environ["GLIBC_TUNABLES"] = ":".join(tunables)
-        os.execv(sys.executable, sys.orig_argv)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

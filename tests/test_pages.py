@@ -25,27 +25,29 @@ MADVISE = "always [madvise] never"
         (None, False, {}, "", None),
         (None, True, {}, "", KEPT),
         (MADVISE, True, {"GLIBC_TUNABLES": "x"}, "", None),
-        (MADVISE, True, {}, "nvidia0", None),
-        (MADVISE, True, {}, "vfio/0", None),
+        (MADVISE, True, {}, "nvidia0", HUGE),
+        ("[always] madvise never", True, {}, "vfio/0", None),
         (MADVISE, True, {"JAX_PLATFORMS": "cpu"}, "accel0", f"{HUGE}:{KEPT}"),
     ],
 )
 def test_the_process_starts_again_only_where_it_helps(tmp_path, monkeypatch, said, keep, environ, device, tunables):
-    """Huge pages only under madvise, kept memory where asked for; neither beside settings of the user's own or an accelerator; the
-    same command, once."""
+    """Huge pages only under madvise; kept memory where asked for, not beside an accelerator; neither beside settings of the user's own;
+    the same command, once."""
     started, environ = [], dict(environ)
     switch, devices = tmp_path / "enabled", tmp_path / "dev"
     if said is not None:
         switch.write_text(said)
-    (devices / device).parent.mkdir(parents=True, exist_ok=True)
-    (devices / device).touch() if device else devices.mkdir(exist_ok=True)
+    devices.mkdir()
+    if device:
+        (devices / device).parent.mkdir(exist_ok=True)
+        (devices / device).touch()
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(os, "execv", lambda program, argv: started.append((program, argv)))
     monkeypatch.setattr(os, "environ", environ)
     before = environ.get("GLIBC_TUNABLES")
     for _ in range(2):  # the new process comes here too
         pages.with_own_pages(keep=keep, switch=switch, devices=devices)
-    assert started == ([(sys.executable, sys.orig_argv)] if tunables else [])
+    assert started == ([(sys.executable, [sys.executable, *sys.orig_argv[1:]])] if tunables else [])
     assert environ.get("GLIBC_TUNABLES") == (tunables or before)
 
 

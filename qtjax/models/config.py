@@ -205,7 +205,6 @@ def _rope(raw: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     )
 
 
-def unrolled(config: ModelConfig, choice: str) -> bool:
-    """ModelConfig.unroll_layers of a run whose config says "true", "false" or "auto": by the model's size."""
-    small = config.hidden_size <= UNROLLED_WIDTH and config.num_hidden_layers <= UNROLLED_LAYERS
-    return choice == "true" or (choice == "auto" and small)
+def unrolled(config: ModelConfig, asked: bool) -> bool:
+    """ModelConfig.unroll_layers of a run: where it is asked for, and by itself in a small model."""
+    return asked or (config.hidden_size <= UNROLLED_WIDTH and config.num_hidden_layers <= UNROLLED_LAYERS)

@@ -65,8 +65,9 @@ def leaving_together() -> Iterator[None]:
         yield
         wait_for_all("end the run")  # the first one writes and draws for all: nobody's end is to wait for it with a time limit
     except BaseException as error:
+        failed = time.monotonic()
         if not _others_leave():
-            _leave(error)
+            _leave(error, failed)
         raise
 
 
@@ -78,8 +79,8 @@ def _others_leave() -> bool:
     return True
 
 
-def _leave(error: BaseException) -> None:
-    """Says what happened and ends this process, whatever the others do."""
+def _leave(error: BaseException, failed: float) -> None:
+    """Says what happened at `failed`, in seconds of the monotonic clock, and ends this process, whatever the others do."""
     code = 1
     try:
         door(lambda: _raise(error))
@@ -91,7 +92,7 @@ def _leave(error: BaseException) -> None:
     sys.stderr.flush()
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
         # Maybe a collective that failed, since another process is gone: the coordinator is about to say which, and to end this one.
-        time.sleep(HEARTBEAT + 5 - LEAVING)  # LEAVING went by already
+        time.sleep(max(0.0, failed + HEARTBEAT + 5 - time.monotonic()))
     print(f"process {jax.process_index()} of {jax.process_count()} ends here; the others stop when they miss it", file=sys.stderr, flush=True)
     os._exit(code)
 

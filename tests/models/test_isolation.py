@@ -138,16 +138,16 @@ def test_remat_and_unroll_do_not_change_the_numbers():
 
     plain = loss_and_gradient(TINY)
     assert plain[0] > 1
-    for changes in ({"remat": "dots"}, {"remat": "full"}, {"remat": "full", "unroll_layers": True}):
+    for changes in ({"remat": "dots"}, {"remat": "full"}, {"unroll_layers": True}, {"remat": "full", "unroll_layers": True}):
         other = loss_and_gradient(TINY.replace(**changes))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=2e-5), plain, other)
 
 
 def test_a_run_unrolls_the_layers_of_small_models_by_itself():
-    """auto goes with width and number of layers; what is asked for goes before it."""
+    """By width and number of layers; of any model where it is asked for."""
     small, wide, deep = (TINY.replace(hidden_size=width, num_hidden_layers=count) for width, count in ((64, 8), (72, 2), (32, 9)))
-    assert [unrolled(config, "auto") for config in (small, wide, deep)] == [True, False, False]
-    assert unrolled(wide, "true") and not unrolled(small, "false")
+    assert [unrolled(config, False) for config in (small, wide, deep)] == [True, False, False]
+    assert unrolled(wide, True)
 
 
 def test_full_remat_recomputes_the_layer():

@@ -119,7 +119,7 @@ def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
     both[1].kill()
     begin = time.monotonic()
     assert both[0].wait(timeout=90) != 0 and time.monotonic() - begin < 60
-    assert "tasks are unhealthy" in (tmp_path / "killed.0.log").read_text()
+    assert "tasks are unhealthy (stopped sending heartbeats):\n1\n" in (tmp_path / "killed.0.log").read_text()
     assert [process.wait() for process in launch_two(killed)] == [0, 0]
     same(one, killed)
 
@@ -244,10 +244,15 @@ def test_auto_finds_what_started_it(launcher):
             "Open MPI": {"MCA_orte_hnp_uri": f"{job * 2**12}.0;tcp://127.0.0.1:1", "COMM_WORLD_SIZE": 2, "COMM_WORLD_RANK": i, "COMM_WORLD_LOCAL_RANK": i},
         }[launcher]
         prefix = {"SLURM": "SLURM_", "Open MPI": "OMPI_"}[launcher]
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_"))}
+        env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
         env |= {prefix + name: str(value) for name, value in own.items()}
         started.append(subprocess.Popen([sys.executable, "-c", JOINED], env=env, stdout=subprocess.PIPE, text=True))
-    said = [process.communicate(timeout=120)[0] for process in started]
+    try:
+        said = [process.communicate(timeout=200)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
     assert [text.splitlines()[-1] for text in said] == ["0 2 4 [0, 1]", "1 2 4 [0, 1]"]
 
 

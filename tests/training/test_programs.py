@@ -3,7 +3,8 @@
 import threading
 import time
 
-import pytest
+import jax
+import numpy as np
 
 from qtjax.planning import abstract_run
 from qtjax.training import programs
@@ -29,9 +30,15 @@ def test_one_program_is_traced_at_a_time(opened, monkeypatch):
     assert len(most) == 6 and max(most) == 1  # two shapes of each
 
 
-@pytest.mark.parametrize(("choice", "own"), [("auto", True), ("true", True), ("false", False)])
-def test_layers_are_unrolled_as_the_run_says(opened, choice, own):
-    """model.unroll_layers reaches the run's programs, and what is planned of them; a small model's layers are unrolled unless it says no."""
-    session = opened(**{"model.unroll_layers": choice})
-    assert session.model.config.unroll_layers == own
-    assert abstract_run(session.config, session.model.config, session.mesh).subject.config.unroll_layers == own
+def test_unrolled_layers_train_alike(opened, monkeypatch):
+    """A small model's run has its layers unrolled, as what is planned of it; one whose layers are in a loop, as every large model's, ends alike."""
+    ends = {}
+    for width, own in ((64, True), (0, False)):
+        monkeypatch.setattr("qtjax.models.config.UNROLLED_WIDTH", width)
+        session = opened(**{"run.folder": str(opened.root / str(width))})
+        assert session.model.config.unroll_layers == own
+        assert abstract_run(session.config, session.model.config, session.mesh).subject.config.unroll_layers == own
+        losses = [session.loop.step(step, session.total_steps)[0]["loss"] for step in range(3)]
+        ends[own] = (losses, session.loop.state.trainable)
+    np.testing.assert_allclose(ends[True][0], ends[False][0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ends[True][1], ends[False][1])  # Adam's steps of 1e-3 amplify rounding
