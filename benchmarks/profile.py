@@ -81,15 +81,21 @@ def targets(rows: Rows) -> tuple[jax.Array, jax.Array]:
     return jnp.roll(rows.input_ids, -1, axis=1), jnp.roll(rows.weights, -1, axis=1)
 
 
+def as_run(config: models.ModelConfig) -> models.ModelConfig:
+    """The config as `qtjax.train` takes it here."""
+    return config.replace(attention=models.kernel_of(jax.default_backend(), config.dtype), unroll_layers=models.unrolled(config, False))
+
+
 def variants(config: models.ModelConfig, rows: Rows) -> dict[str, Callable[[Any], jax.Array]]:
     """{name: loss(params)}: as qtjax computes it here first, then one change at a time; the last is what a plain step would do."""
-    own = config.replace(attention=models.kernel_of(jax.default_backend(), config.dtype))
-    plain = config.replace(attention="xla")
+    own = as_run(config)
+    plain = own.replace(attention="xla")
     out = {"qtjax": partial(loss, own, rows, None)}
     out["plain attention ([L, L] per head)"] = partial(loss, plain, rows, None)
     out["logits of every slot"] = partial(logits_loss, own, rows)
     out["products of [B, L, D], not [T, D]"] = out["qtjax"]  # compiled with another `matmul`
-    out["layers unrolled"] = partial(loss, own.replace(unroll_layers=True), rows, None)
+    other = "layers in a loop" if own.unroll_layers else "layers unrolled"
+    out[other] = partial(loss, own.replace(unroll_layers=not own.unroll_layers), rows, None)
     out |= {f"remat {name}": partial(loss, own.replace(remat=name), rows, None) for name in ("dots", "full")}
     out |= {f"head in chunks of {size}": partial(loss, own, rows, size) for size in (128, 2048)}
     half = own.replace(dtype="bfloat16", attention=models.kernel_of(jax.default_backend(), "bfloat16"))
@@ -100,7 +106,7 @@ def variants(config: models.ModelConfig, rows: Rows) -> dict[str, Callable[[Any]
 
 def parts(config: models.ModelConfig, rows: Rows, params: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], float]]:
     """{name: (function, arguments, FLOPs)} of the pieces of one step."""
-    own = config.replace(attention=models.kernel_of(jax.default_backend(), config.dtype))
+    own = as_run(config)
     batch, length = rows.input_ids.shape
     count, wanted = batch * length, float(rows.weights.sum())
     layers = sum(leaf.size for path, leaf in flatten(params).items() if path.startswith("layers") and path.endswith("kernel"))

@@ -25,10 +25,10 @@ def libtpu():
     pytest.importorskip("libtpu", reason="compiling for TPUs needs the extra plan")
 
 
-def tiny(**changes):
+def tiny(topology="v5e:2x4", **changes):
     raw = json.loads((Path(smol.__file__).parent / "model" / "config.json").read_text()) | TINY
     shape = ModelConfig.from_hf(raw)
-    devices, chip = planning.open_topology("v5e:2x4")
+    devices, chip = planning.open_topology(topology)
     weighed = planning.weigh(override(read_config("configs/smol.py"), changes), shape, devices)
     assert all(need.total < chip.memory * GIB for need in weighed.needs.values())
     return shape, weighed
@@ -61,6 +61,16 @@ def test_full_fine_tuning_of_a_tiny_model_by_hand():
     assert shares["layers/mlp/down_proj/kernel"] == ("5 x 1024 x 512/f8", 4 * 5 * 512 * 1024 / 8)
     assert shares["norm/weight"] == ("512", 4 * 512)
     assert sum(size for _, size in shares.values()) == weights
+
+
+@pytest.mark.parametrize("topology", ["v4:2x2x2", "v5p:2x2x2", "v6e:2x4"])
+def test_every_generation_compiles(topology):
+    """Eight chips of the others hold and take what eight v5e do: eighths of weights, gradients and moments."""
+    _, weighed = tiny(topology, **{"mesh.fsdp": 8})
+    weights = 4 * ((5 * (512 * (2 * 512 + 2 * 256) + 3 * 512 * 1024) + 2048 * 512) / 8 + 11 * 512)
+    assert weighed.held.trained == weights
+    for name, count in (("scoring", 1), ("training", 2), ("update", 4)):
+        assert weighed.needs[name].arguments == pytest.approx(count * weights, rel=0.01), name
 
 
 def test_lora_of_a_tiny_model_on_three_axes():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from qtjax.errors import QtjaxError
 from qtjax.scoring import head_loss, token_scores
+from qtjax.scoring.chunks import chunk_for
 
 
 def naive(hidden, kernel, labels, weights):
@@ -171,3 +172,9 @@ def test_a_launch_without_targets_multiplies_nothing(train):
     text = jax.jit(run).lower(*given).compile().as_text()
     entry = text[text.index("\nENTRY ") :]
     assert "f32[64,40]" in text and "f32[64,40]" not in entry[: entry.index("\n}")]
+
+
+@pytest.mark.parametrize(("width", "chunk"), [(1, 256), (256, 256), (257, 512), (288, 512), (2048, 2048), (4096, 2048)])
+def test_a_chunk_is_as_long_as_the_model_is_wide(width, chunk):
+    """Unless the caller says: the least power of two that is not below the width, from 256 to 2,048 tokens."""
+    assert chunk_for(width) == chunk

@@ -126,14 +126,19 @@ def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_moves_between_meshes_and_process_counts(tmp_path):
-    """Two processes of four devices on fsdp 4, stopped in the second epoch, whose decisions are made on the first one's scores;
-    gone on with as one process on 2 x 2 x 2: it says so in one line, and ends like a run that never moved. The scores that the
-    checkpoint holds are the first process's, once."""
+    """One process on data 8, stopped in the first epoch; gone on with as two processes of four devices on fsdp 4, stopped in the second,
+    whose decisions are made on the first one's scores; gone on with as one process on 2 x 2 x 2: it says so in one line, and ends like a
+    run that never moved. The scores that the checkpoint holds are the first process's, once."""
     kept = ("--prune.score-every", "2", "--prune.score-lag", "1", "--train.checkpoint-every", "1")
     one, moved = tmp_path / "one", tmp_path / "moved"
     assert launch(one, *kept, devices=8).wait() == 0
+    first = launch(moved, *kept, devices=8)
+    wait_for_step(moved, 1, [first])
+    first.send_signal(signal.SIGTERM)
+    assert first.wait() == 130 and 1 <= (begun := len(steps(moved))) < 5
     both = launch_two(moved, *kept, "--mesh.fsdp", "4")
     wait_for_step(moved, 5, both)
+    assert f"resume  from step {begun}; mesh.fsdp 4 instead of 1\n" in (tmp_path / "moved.0.log").read_text()
     both[1].send_signal(signal.SIGTERM)
     assert [process.wait() for process in both] == [130, 130]
     done = len(steps(moved))

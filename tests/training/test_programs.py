@@ -6,8 +6,12 @@ import time
 import jax
 import numpy as np
 
+from qtjax.config import Config, override
 from qtjax.planning import abstract_run
+from qtjax.train import use_compile_cache
 from qtjax.training import programs
+
+CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_min_entry_size_bytes")
 
 
 def test_one_program_is_traced_at_a_time(opened, monkeypatch):
@@ -42,3 +46,15 @@ def test_unrolled_layers_train_alike(opened, monkeypatch):
         ends[own] = (losses, session.loop.state.trainable)
     np.testing.assert_allclose(ends[True][0], ends[False][0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ends[True][1], ends[False][1])  # Adam's steps of 1e-3 amplify rounding
+
+
+def test_programs_are_kept_in_the_run_folder_unless_said_otherwise(tmp_path):
+    """A compile cache without being asked: below the run folder, from the first program on, or where run.compile_cache says."""
+    before = {name: getattr(jax.config, name) for name in CACHE}
+    try:
+        for changes, folder in (({}, tmp_path / "run" / "compile_cache"), ({"run.compile_cache": str(tmp_path / "own")}, tmp_path / "own")):
+            use_compile_cache(override(Config(), {"run.folder": str(tmp_path / "run")} | changes))
+            assert [getattr(jax.config, name) for name in CACHE] == [str(folder), 0, -1]
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
