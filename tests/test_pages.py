@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,23 @@ def test_the_process_starts_again_only_where_it_helps(tmp_path, monkeypatch, sai
         pages.with_own_pages(keep=keep, switch=switch, devices=devices)
     assert started == ([(sys.executable, [sys.executable, *sys.orig_argv[1:]])] if tunables else [])
     assert environ.get("GLIBC_TUNABLES") == (tunables or before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's own settings")
+def test_a_process_starts_again_as_itself(tmp_path):
+    """The same process, module and arguments, blanks and all, with memory kept; what it does before it asks it does twice."""
+    (tmp_path / "asks.py").write_text("""
+import os, sys
+print(os.getpid(), flush=True)
+from qtjax.pages import KEPT, with_own_pages
+with_own_pages(keep=True)
+print(os.environ["GLIBC_TUNABLES"].endswith(KEPT), sys.argv[1:])
+""")
+    env = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | {"JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    started = subprocess.Popen([sys.executable, "-m", "asks", "--a", "b c"], env=env, stdout=subprocess.PIPE, text=True)
+    said = started.communicate(timeout=60)[0]
+    assert said.splitlines() == [str(started.pid)] * 2 + ["True ['--a', 'b c']"]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own settings")

@@ -7,10 +7,12 @@ import jax
 import numpy as np
 
 from qtjax.config import Config, override
+from qtjax.models import ModelConfig, abstract_params
 from qtjax.planning import abstract_run
 from qtjax.train import use_compile_cache
 from qtjax.training import programs
 
+SHAPE = ModelConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
 CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_min_entry_size_bytes")
 
 
@@ -58,3 +60,9 @@ def test_programs_are_kept_in_the_run_folder_unless_said_otherwise(tmp_path):
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+
+
+def test_a_step_hands_over_as_many_arrays_whatever_the_depth():
+    """Layers are stacked: what Python does in a step, an array at a time, does not grow with the model."""
+    counts = {len(jax.tree.leaves(abstract_params(SHAPE.replace(num_hidden_layers=layers)))) for layers in (2, 32)}
+    assert len(counts) == 1 and counts.pop() < 20
