@@ -15,8 +15,8 @@ exactly, so that an edit which moves a few bytes, such as a scalar more, is no a
 (--update), or the next step back would pass. Of an unknown version they stand beside the nearest known one's, and only 1.5 times
 worse fails.
 
-FLOPs: the compiler counts a loop's body once. The layers are scanned and the head walks chunks, so they are those of one layer and one
-chunk (and of one block where attention loops over blocks): a layer that does more is seen, another number of layers or chunks is
+FLOPs: the compiler counts a loop's body once. The layers of the larger model are in one and the head walks chunks, so they are those of one
+layer and one chunk (and of one block where attention loops over blocks): a layer that does more is seen, another number of layers or chunks is
 not, and a larger chunk looks like more work. Temporaries, arguments and outputs are those of the whole.
 """
 
