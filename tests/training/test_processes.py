@@ -222,11 +222,14 @@ def test_a_mistake_is_one_line_on_every_process(tmp_path):
 
 
 JOINED = """
+import sys
+from pathlib import Path
 import jax
-from qtjax.parallel import all_rows, join_processes
 import numpy as np
+from qtjax.parallel import all_rows, join_processes
 join_processes("auto", 0, -1)
-print(jax.process_index(), jax.process_count(), jax.device_count(), all_rows(np.full(1, jax.process_index())).tolist())
+rows = all_rows(np.full(1, jax.process_index())).tolist()
+Path(sys.argv[1]).write_text(f"{jax.process_index()} of {jax.process_count()}, {jax.device_count()} devices, {rows}")
 """
 
 
@@ -236,7 +239,7 @@ def is_free(port: int) -> bool:
 
 
 @pytest.mark.parametrize("launcher", ["SLURM", "Open MPI"])
-def test_auto_finds_what_started_it(launcher):
+def test_auto_finds_what_started_it(tmp_path, launcher):
     """`--coordinator auto` reads number, place and first address of the processes from the launcher's variables: two of two devices
     meet, count four and exchange what they hold."""
     first = 65535 - 2**12 + 1  # of the ports among which JAX picks one by the job's number
@@ -252,13 +255,13 @@ def test_auto_finds_what_started_it(launcher):
         env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_"))}
         env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
         env |= {prefix + name: str(value) for name, value in own.items()}
-        started.append(subprocess.Popen([sys.executable, "-c", JOINED], env=env, stdout=subprocess.PIPE, text=True))
+        started.append(subprocess.Popen([sys.executable, "-c", JOINED, str(tmp_path / str(i))], env=env))
     try:
-        said = [process.communicate(timeout=200)[0] for process in started]
+        assert [process.wait(timeout=200) for process in started] == [0, 0]
     finally:
         for process in started:
             process.kill()
-    assert [text.splitlines()[-1] for text in said] == ["0 2 4 [0, 1]", "1 2 4 [0, 1]"]
+    assert [(tmp_path / str(i)).read_text() for i in range(2)] == [f"{i} of 2, 4 devices, [0, 1]" for i in range(2)]
 
 
 @pytest.mark.parametrize(("given", "message"), [
