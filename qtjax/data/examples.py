@@ -117,7 +117,10 @@ def _column(row: Mapping[str, Any], named: str, usual: Sequence[str], where: str
     """The column that the config names, or the first usual one. Raises QtjaxError when the row has none."""
     if named:
         if named not in row:
-            raise QtjaxError(f"{where}: has no column {named!r}{near_names(named, map(str, row))}; it has {_columns(row)}")
+            raise QtjaxError(
+                f"{where}: has no column {named!r}{near_names(named, map(str, row))}; it has {_columns(row)}; what data names holds for data.path and"
+                " data.eval_path alike (--data.eval-path= holds out a part of data.path)"
+            )
         return named
     for column in usual:
         if column in row:
