@@ -132,6 +132,9 @@ def _scores(shape: _Shape, group: int, q_RC: Array, k_CS: Array, queries: tuple[
 
 
 def _forward(shape: _Shape, q, k, v, segment, lowest):
+    # What depends on segments alone is the same in every layer, and differentiating a loop over layers would take it out of the loop: what
+    # each query of each head sees, [B, H, L, S'] for every extent. Tied to the queries it stays where it is formed and used.
+    q, segment, lowest = lax.optimization_barrier((q, segment, lowest))
     heads = _Heads(shape, q, k)
 
     def head(given):

@@ -85,6 +85,23 @@ def test_no_square_of_the_row_is_held():
     assert compiled.memory_analysis().temp_size_in_bytes < 2048 * 2048 * 4
 
 
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_layers_share_no_array_of_what_queries_see(unrolled):
+    """Nor in a model: what depends on segments alone is not taken out of the loop over layers, for every query of every head."""
+    config = ModelConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=4,
+        attention="blocks", unroll_layers=unrolled,
+    )  # fmt: skip
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    row = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+
+    def loss(params, ids, segment):
+        return jnp.sum(hidden_states(config, params, ids, segment_ids=segment))
+
+    compiled = jax.jit(jax.grad(loss)).lower(params, row, row).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2048 * 2048 * 4  # one head's scores
+
+
 def test_splash_equals_plain_attention():
     """The TPU kernel, interpreted: values and gradients, segments, heads that share keys, a sliding window."""
     run = partial(splash, interpret=True)
