@@ -13,8 +13,8 @@ plain torch loop's is marked and its numbers are not shown. Ratios are of median
 round: up to the first step with an empty compile cache, then with the cache that this left. Threads of OpenMP sleep while they wait.
 
 torch, tuned: transformers' logits_to_keep, each step in forward passes of 4 samples of similar length, fused AdamW, and glibc told to
-keep freed memory and use huge pages, as qtjax.train tells it. By length: beside that, batches of similar length, as transformers' group_by_length makes them. torch-eager,
-torch-compile and trl-compile are measured when --rows names them, or all.
+keep freed memory and to use huge pages, as qtjax.train tells it. By length: beside that, batches of similar length, as transformers'
+group_by_length makes them. torch-eager, torch-compile and trl-compile are measured when --rows names them, or all.
 """
 
 import sys

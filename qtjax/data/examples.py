@@ -118,8 +118,8 @@ def _column(row: Mapping[str, Any], named: str, usual: Sequence[str], where: str
     if named:
         if named not in row:
             raise QtjaxError(
-                f"{where}: has no column {named!r}{near_names(named, map(str, row))}; it has {_columns(row)}; what data names holds for data.path and"
-                " data.eval_path alike (--data.eval-path= holds out a part of data.path)"
+                f"{where}: has no column {named!r}{near_names(named, map(str, row))}; it has {_columns(row)}; columns are named for"
+                " data.path and data.eval_path alike (--data.eval-path= holds out a part of data.path)"
             )
         return named
     for column in usual:

@@ -47,7 +47,7 @@ def test_unrolled_layers_train_alike(opened, monkeypatch):
         losses = [session.loop.step(step, session.total_steps)[0]["loss"] for step in range(3)]
         ends[own] = (losses, session.loop.state.trainable)
     np.testing.assert_allclose(ends[True][0], ends[False][0], rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ends[True][1], ends[False][1])  # Adam's steps of 1e-3 amplify rounding
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ends[True][1], ends[False][1])  # Adam's steps of 1e-2 amplify rounding
 
 
 def test_programs_are_kept_in_the_run_folder_unless_said_otherwise(tmp_path):
