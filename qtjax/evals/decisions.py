@@ -31,7 +31,7 @@ class Decided(NamedTuple):
     decision: Decision
 
 
-_OF_TRAINING = ("score_lag", "score_every", "score_dtype", "score_model", "warmup_fraction")
+_OF_TRAINING = ("score_lag", "reuse_forward", "score_every", "score_dtype", "score_model", "warmup_fraction")
 
 
 def check_offline(prune: PruneSection) -> Pruners:

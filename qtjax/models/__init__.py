@@ -1,7 +1,7 @@
 """The decoder behind one door: plain parameter trees and pure functions."""
 
 from qtjax.models.api import (
-    abstract_params, apply, hidden_states, init_params, logical_axes, logits, rated_hidden_states, readout, segments,
+    abstract_params, apply, hidden_states, init_params, kept_hidden_states, logical_axes, logits, rated_hidden_states, readout, segments,
 )  # fmt: skip
 from qtjax.models.attention import kernel_for, kernel_of
 from qtjax.models.config import ModelConfig, RopeScaling, unrolled
@@ -32,6 +32,7 @@ __all__ = [
     "init_params",
     "int8_layers",
     "is_quantized_path",
+    "kept_hidden_states",
     "kernel_for",
     "kernel_of",
     "logical_axes",

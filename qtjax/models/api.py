@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from qtjax.errors import QtjaxError
 from qtjax.models.attention import Segments, by_segments, visible
 from qtjax.models.blocks import first_slots
 from qtjax.models.config import ModelConfig
@@ -101,6 +102,7 @@ def hidden_states(
     overlay: Any = None,
     task_ids: Array | None = None,
     rng: Array | None = None,
+    outputs: Array | None = None,
 ) -> Array:
     """Hidden states after the final norm.
 
@@ -110,14 +112,41 @@ def hidden_states(
       segment_ids: int [B, L], 0 for padding; a token sees only its own nonzero segment.
       overlay: parameter-efficient overlay or None; task_ids: int [B] or [B, L] for overlays that choose by task.
       rng: key for what an overlay draws in training (dropout); None draws nothing.
+      outputs: [N, B, L, D] in config.dtype, what each of the N layers gave for these tokens under these weights
+        (`kept_hidden_states`, in whatever rows). The layers are then not run for their results, which are known, but in
+        the backward pass alone, as with remat "full"; gradients are those of a pass of one's own.
     Virtual tokens of an overlay stand before the row once; every segment sees them, and its positions start after them
       (position_ids count without them).
     Returns: [B, L, D] in config.dtype; exactly zero, with zero gradient, at slots that hold nothing real. Raises
-      QtjaxError for task_ids that do not fit the overlay; where they are traced, the states of unknown tasks are NaN.
+      QtjaxError for task_ids that do not fit the overlay, and for outputs with virtual tokens; where they are traced, the
+      states of unknown tasks are NaN.
     """
     segment = segments(input_ids, attention_mask, segment_ids)
     task_ids = None if task_ids is None else jnp.asarray(task_ids)
-    return _states(config, params, _Row(input_ids, position_ids, segment, segment_ids, task_ids), overlay, rng)[0]
+    row = _Row(input_ids, position_ids, segment, segment_ids, task_ids, outputs=outputs)
+    if outputs is not None and config.remat in ("none", "dots"):
+        config = config.replace(remat="full")  # what they keep of a forward pass, they would have to compute
+    return _states(config, params, row, overlay, rng)[0]
+
+
+def kept_hidden_states(
+    config: ModelConfig,
+    params: Tree,
+    input_ids: Array,
+    attention_mask: Array | None = None,
+    position_ids: Array | None = None,
+    segment_ids: Array | None = None,
+    overlay: Any = None,
+    task_ids: Array | None = None,
+) -> tuple[Array, Array]:
+    """Hidden states, and what every layer gave on the way to them; arguments and errors as in `hidden_states`.
+
+    Returns: hidden [B, L, D]; outputs [N, B, L, D] in config.dtype, of slots that hold nothing real too.
+    """
+    segment = segments(input_ids, attention_mask, segment_ids)
+    task_ids = None if task_ids is None else jnp.asarray(task_ids)
+    row = _Row(input_ids, position_ids, segment, segment_ids, task_ids, keep=True)
+    return _states(config, params, row, overlay)
 
 
 def rated_hidden_states(
@@ -171,6 +200,8 @@ class _Row(NamedTuple):
     task_ids: Array | None
     targets: Array | None = None
     rater: str | None = None
+    keep: bool = False
+    outputs: Array | None = None
 
     def plan(self, config: ModelConfig, ahead: int = 0) -> Any:
         """Who is rated by whom where `ahead` virtual tokens stand before the row, or None."""
@@ -183,13 +214,14 @@ class _Row(NamedTuple):
 def _states(
     config: ModelConfig, params: Tree, row: _Row, overlay: Any, rng: Array | None = None
 ) -> tuple[Array, Array | None]:
-    """Hidden states and, where the row names a rater, the rating."""
+    """Hidden states and, where the row names a rater, the rating, or, where it is to be kept, what the layers gave."""
     if overlay is None:
         return _run(config, params, row, Edits({}))
     check_task_ids(overlay.tasks, row.task_ids, row.input_ids.shape, row.segment != 0)
     edits = expanded(config, params, overlay, rng, row.task_ids)
     if not overlay.two_passes:
         return _run(config, params, row, edits)
+    _refuse_known(row, f"{overlay.method} takes two passes")
     first, _ = _run(config, params, row._replace(rater=None), edits)
     return _run(config, params, row, overlay.expand(rng, row.task_ids, jax.lax.stop_gradient(first)))
 
@@ -214,16 +246,26 @@ def _run(config: ModelConfig, params: Tree, row: _Row, edits: Edits) -> tuple[Ar
         return _run_behind(config, params, row, edits, offset, positions, mask)
     if edits.prefix:
         mask = jnp.concatenate([sees_virtual(offset, row.segment, edits.prefix, window), mask], axis=-1)
-    hidden, _, rating = Decoder(config).apply(
-        variables(params, edits), row.input_ids, positions, mask, plan=row.plan(config)
-    )
-    return jnp.where((row.segment != 0)[..., None], hidden, 0), rating
+    known = {} if row.outputs is None else {"known": {"layers": {"output": row.outputs}}}
+    given = (variables(params, edits) | known, row.input_ids, positions, mask)
+    if row.keep:
+        (hidden, *_), kept = Decoder(config).apply(*given, mutable=["known"])
+        beside = kept["known"]["layers"]["output"]
+    else:
+        hidden, _, beside = Decoder(config).apply(*given, plan=row.plan(config))
+    return jnp.where((row.segment != 0)[..., None], hidden, 0), beside
+
+
+def _refuse_known(row: _Row, why: str) -> None:
+    if row.keep or row.outputs is not None:
+        raise QtjaxError(f"the layers' outputs: cannot be kept or known where {why}")
 
 
 def _run_behind(
     config: ModelConfig, params: Tree, row: _Row, edits: Edits, offset: Array, positions: Array, mask: Array
 ) -> tuple[Array, Array | None]:
     """`_run` with virtual embeddings before the rows: the row's task's, or all tasks' where its tokens differ in task."""
+    _refuse_known(row, "virtual tokens stand before the rows")
     groups, count = edits.virtual.shape[:2]
     batch, window, same, known = positions.shape[0], config.sliding_window, None, True
     if groups > 1 and row.task_ids is not None and row.task_ids.ndim == 2:

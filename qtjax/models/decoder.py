@@ -151,6 +151,15 @@ class MLP(nn.Module):
         return Linear(c, c.hidden_size, c.mlp_bias, name="down_proj")(_gated(c.hidden_act, gate, up))
 
 
+@jax.custom_vjp
+def _instead(x: Array, known: Array) -> Array:
+    """`known`, what `x` would be: nobody reads x, so that XLA computes none of it; the gradient is x's."""
+    return known
+
+
+_instead.defvjp(lambda x, known: (known, None), lambda _, slope: (slope, None))
+
+
 class Layer(nn.Module):
     config: ModelConfig
 
@@ -172,7 +181,15 @@ class Layer(nn.Module):
         y, cache, rating = Attention(c, name="self_attn")(normed, rope, mask, cache, slot, rate)
         x = x + y
         x = x + MLP(c, name="mlp")(RMSNorm(c, name="post_attention_layernorm")(x))
-        return keep_batch_sharded(x), (cache, rating)
+        return self._known(keep_batch_sharded(x)), (cache, rating)
+
+    def _known(self, x: Array) -> Array:
+        """The layer's output: written down where the pass is to be kept, taken from an earlier pass where one is given."""
+        if self.is_mutable_collection("known"):
+            self.put_variable("known", "output", x)
+        elif self.has_variable("known", "output"):
+            x = _instead(x, self.get_variable("known", "output"))
+        return x
 
 
 class Embedding(nn.Module):
@@ -218,10 +235,11 @@ _REMAT = {
 def _scanned_layers(config: ModelConfig) -> Any:
     layer = Layer
     if config.remat != "none":
-        layer = nn.remat(Layer, policy=_REMAT[config.remat], prevent_cse=False)
+        # Unrolled, XLA would find that both passes compute the same, and keep it.
+        layer = nn.remat(Layer, policy=_REMAT[config.remat], prevent_cse=config.unroll_layers)
     return nn.scan(
         layer,
-        variable_axes={"params": 0, "overlay": 0},
+        variable_axes={"params": 0, "overlay": 0, "known": 0},
         variable_broadcast="shared",
         split_rngs={"params": True},
         in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),

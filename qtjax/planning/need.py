@@ -20,7 +20,7 @@ from qtjax.planning.collectives import Collective, collectives
 from qtjax.training.ladder import ladder
 from qtjax.training.memory import shortage
 from qtjax.training.optimizer import make_optimizer
-from qtjax.training.programs import program_jobs
+from qtjax.training.programs import outputs_shape, program_jobs
 from qtjax.training.setup import check_overlay
 from qtjax.training.state import Subject, TrainState, state_shardings
 from qtjax.tree import Tree, flatten
@@ -169,14 +169,16 @@ def weigh(config: Config, shape: ModelConfig, devices: Sequence[Any], enough: fl
         samples=round_up(config.prune.batch_size, ways), max_length=config.data.max_length,
     )  # fmt: skip
     weights, needs = held.trained + held.frozen, {}
+    reuses = config.prune.reuse_forward
+    outputs = on_device(outputs_shape(run.subject.config, mesh, config.prune.batch_size, config.data.max_length)) if reuses else 0  # at most
     for name, job, given in (
-        ("training", f"accumulate {rows}", weights + held.gradients),  # the largest first
+        ("training", f"{'backward' if reuses else 'accumulate'} {rows}", weights + held.gradients),  # the largest first
         ("scoring", f"score {rows}", weights),
         ("update", "update", held.trained + held.moments + held.gradients),
     ):
         if job not in jobs:
             continue
-        beside = held.frozen if name == "update" else held.moments
+        beside = outputs + (held.frozen if name == "update" else held.moments)
         needs[name] = need_of(jobs[job], mesh, given, beside)
         if needs[name].total > enough:
             break

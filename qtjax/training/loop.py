@@ -23,6 +23,7 @@ from qtjax.training.clock import CLOCKS, Clock
 from qtjax.training.counts import choices, count
 from qtjax.training.programs import Programs
 from qtjax.training.pruners import EpochPlan, pruners
+from qtjax.training.reuse import Origins
 from qtjax.training.score_store import ScoreStore
 from qtjax.training.state import TrainState
 from qtjax.training.step import Decision, Scores, step_key
@@ -31,11 +32,15 @@ from qtjax.tree import Tree
 
 @dataclass(frozen=True)
 class Scored:
-    """A batch with its scores (() without a scoring pass) and decision (None for full data) launched, maybe not there yet."""
+    """A batch with its scores (() without a scoring pass) and decision (None for full data) launched, maybe not there yet.
+
+    outputs: with prune.reuse_forward what the layers gave in each launch of its scoring pass, [N, R, L, D].
+    """
 
     prepared: Prepared
     scores: Scores
     decision: Decision | None
+    outputs: tuple[jax.Array, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,21 +129,24 @@ class Loop:
         self._next = (step + 1, self._thread.submit(ahead, step + 1)) if step + 1 < last else None
         return found if alone else self._packed(found, step)
 
-    def token_scores(self, prepared: Prepared) -> Scores:
-        """The pruners' signals [N, T] of the global batch under the current weights: launched, not waited for.
+    def token_scores(self, prepared: Prepared) -> tuple[Scores, tuple[jax.Array, ...]]:
+        """The pruners' signals [N, T] of the global batch under the current weights, and `Scored.outputs`: launched, not waited for.
 
         They stay on the device all the way to the decision: by way of the host, the decision could only be launched once
         they are there, behind whatever was launched in the meantime.
         """
         scores = self.programs.unscored()
-        first = jax.process_index() * self.samples
+        first, outputs = jax.process_index() * self.samples, []
         for part in prepared.scoring:
             rows = rows_on_device(self.mesh, part.rows)
             own = self.programs.score[part.size](self.state.trainable, self.frozen, rows)
+            if self.config.prune.reuse_forward:
+                *own, given = own
+                outputs.append(given)
             sample = np.where(part.sample < 0, -1, part.sample + first)
             where = rows_on_device(self.mesh, {"sample": sample})["sample"]
-            scores = self.programs.place[part.size](scores, own, where, rows["position_ids"])
-        return scores
+            scores = self.programs.place[part.size](scores, tuple(own), where, rows["position_ids"])
+        return scores, tuple(outputs)
 
     def decide(self, batch: ScoringBatch, scores: Scores, step: int) -> Decision:
         """Both stages over the global batch; launched, not waited for."""
@@ -155,11 +163,12 @@ class Loop:
             own = keep[jax.process_index() * self.samples :][: self.samples]
             prepared = Prepared(prepared.batch, self.pack(whole_samples(prepared.batch, own)))
         scores: Scores = ()
+        outputs: tuple[jax.Array, ...] = ()
         if self._passes(step):
-            scores = self.token_scores(prepared)
+            scores, outputs = self.token_scores(prepared)
         elif self.store is not None:
             scores = tuple(rows_on_device(self.mesh, self.store.read(prepared.batch)).values())
-        return Scored(prepared, scores, self.decide(prepared.batch, scores, step))
+        return Scored(prepared, scores, self.decide(prepared.batch, scores, step), outputs)
 
     def _given(self, batch: ScoringBatch, step: int) -> tuple[dict[str, jax.Array], jax.Array]:
         """What the decision of a step knows beside scores: the batch on the device, and the step's key."""
@@ -171,9 +180,12 @@ class Loop:
         key = step_key(self.config.train.seed, step)
         return rows_on_device(self.mesh, rows), jax.device_put(key, replicated(self.mesh))
 
-    def gradients(self, parts: list[Microbatch], step: int) -> tuple[Tree, jax.Array]:
-        """Summed gradients and loss of a step's microbatches; InfoBatch learns each sample's loss."""
+    def gradients(self, parts: list[Microbatch], step: int, scored: Scored | None = None) -> tuple[Tree, jax.Array]:
+        """Summed gradients and loss of a step's microbatches; InfoBatch learns each sample's loss. scored: with its outputs, if any."""
         gradients, loss = self.programs.zeros()
+        outputs = scored.outputs if scored else ()
+        origins = Origins(scored.prepared.scoring, self.samples) if outputs else None
+        run = self.programs.backward if outputs else self.programs.accumulate
         self.trained_nll: list[jax.Array] = []
         for i, part in enumerate(parts):
             key = None
@@ -181,12 +193,21 @@ class Loop:
                 raw = jax.random.key_data(jax.random.fold_in(jax.random.fold_in(self.key, step), i))
                 key = jax.device_put(raw, replicated(self.mesh))
             rows = rows_on_device(self.mesh, part.rows)
-            gradients, loss, nll = self.programs.accumulate[part.size](
-                self.state.trainable, self.frozen, gradients, loss, rows, key
-            )
+            if outputs:
+                rows["outputs"] = self._carried(part, outputs, origins)
+            gradients, loss, nll = run[part.size](self.state.trainable, self.frozen, gradients, loss, rows, key)
             if self.epochs is not None:
                 self.trained_nll.append(nll)
         return gradients, loss
+
+    def _carried(self, part: Microbatch, outputs: tuple[jax.Array, ...], origins: Origins) -> jax.Array:
+        """What the layers gave for the tokens of a microbatch, [N, R, L, D], 0 at padding."""
+        out = self.programs.unknown[part.size]()
+        for launch, given in enumerate(outputs):
+            if (found := origins.of(part, launch)) is not None:
+                row, slot = rows_on_device(self.mesh, dict(zip(("row", "slot"), found))).values()
+                out = self.programs.carry[given.shape[1], part.size](out, given, row, slot)
+        return out
 
     def step(self, step: int, last: int) -> tuple[dict[str, Any], dict[str, np.ndarray] | None]:
         """Optimizer step number step + 1 (`step` done so far, `last` in all).
@@ -251,7 +272,7 @@ class Loop:
         if not chosen.counts["kept_tokens"]:
             self.state = self.programs.skip(self.state)
             return None
-        gradients, loss = self.gradients(chosen.parts, step)
+        gradients, loss = self.gradients(chosen.parts, step, chosen.scored)
         divisor = jax.device_put(np.float32(chosen.divisor), replicated(self.mesh))
         self.state, measured = self.programs.update(self.state, gradients, divisor)
         return loss, measured

@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 
 from qtjax import models
 from qtjax.config import PruneSection
-from qtjax.parallel import batch_sharding, replicated
+from qtjax.parallel import batch_sharding, batch_size, replicated
 from qtjax.training.memory import COMPILING
 from qtjax.training.pruners import Pruners, pruners
-from qtjax.training.score import rated_rows, score_rows
+from qtjax.training.reuse import carry, check_reuse
+from qtjax.training.score import kept_rows, rated_rows, score_rows
 from qtjax.training.state import Subject, TrainState, state_shardings
 from qtjax.training.step import Decision, accumulate, choose_early, decide, place, skip, update
 from qtjax.tree import Tree
@@ -33,6 +34,12 @@ def rows_shape(mesh: Mesh, rows: int, length: int) -> dict[str, jax.ShapeDtypeSt
     return {name: jax.ShapeDtypeStruct((rows, length), kind, sharding=sharding) for name, kind in kinds.items()}
 
 
+def outputs_shape(config: models.ModelConfig, mesh: Mesh, rows: int, length: int) -> jax.ShapeDtypeStruct:
+    """What the layers give for `rows` x `length` slots, whole on every device: only `tensor` may cut the work."""
+    shape = (config.num_hidden_layers, rows, length, config.hidden_size)
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype), sharding=replicated(mesh))
+
+
 def batch_shape(mesh: Mesh, samples: int, length: int, needs: Pruners) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of what `decide` knows of a scoring batch beside its scores."""
     by_row = batch_sharding(mesh)
@@ -42,13 +49,13 @@ def batch_shape(mesh: Mesh, samples: int, length: int, needs: Pruners) -> dict[s
     return out | {name: jax.ShapeDtypeStruct((samples,), kind, sharding=by_row) for name, kind in flat.items()}
 
 
-def _score(subject: Subject, mesh: Mesh, rater: str, int8: bool, trainable: Tree, frozen: Tree, rows: dict[str, jax.Array]):
+def _score(subject: Subject, mesh: Mesh, rater: str, int8: bool, keep: bool, trainable: Tree, frozen: Tree, rows: dict[str, jax.Array]):
     params, overlay = subject.join(trainable, frozen)
     params = models.int8_layers(params) if int8 else params
     given = (subject.config, params, overlay, rows | {"loss_mask": rows["weights"] > 0})
     if rater:
         return rated_rows(*given, rater, mesh, rows["task_ids"])
-    return score_rows(*given, mesh, rows["task_ids"])
+    return (kept_rows if keep else score_rows)(*given, mesh, rows["task_ids"])
 
 
 def _in_dtype(config: models.ModelConfig, dtype: str, mesh: Mesh) -> models.ModelConfig:
@@ -79,6 +86,7 @@ def program_jobs(
 
     Args: state, frozen: arrays, or jax.ShapeDtypeStruct with shardings, for devices that need not be here.
     """
+    check_reuse(prune, subject.overlay, batch_size(mesh))
     everywhere, by_row = replicated(mesh), batch_sharding(mesh)
     abstract = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding))
     trainable, frozen = abstract(state.trainable), abstract(frozen)
@@ -105,8 +113,22 @@ def program_jobs(
     for rows in shapes:
         packed = rows_shape(mesh, rows, row_length)
         if needs.passes:
-            scored = partial(_score, scoring, mesh, needs.token.rater, prune.score_dtype == "int8")
-            job(f"score {rows}", scored, trainable, frozen, packed, out_shardings=by_row)
+            scored = partial(_score, scoring, mesh, needs.token.rater, prune.score_dtype == "int8", prune.reuse_forward)
+            results = (by_row, by_row, everywhere) if prune.reuse_forward else by_row
+            job(f"score {rows}", scored, trainable, frozen, packed, out_shardings=results)
+        if prune.reuse_forward:
+            outputs = partial(outputs_shape, subject.config, mesh, length=row_length)
+            job(f"unknown {rows}", partial(_zeros, outputs(rows)), out_shardings=everywhere)
+            for scored_rows in shapes:
+                place_of = packed["position_ids"]
+                job(
+                    f"carry {scored_rows} {rows}", carry, outputs(rows), outputs(scored_rows), place_of, place_of,
+                    donate_argnums=(0,), out_shardings=everywhere,
+                )  # fmt: skip
+            job(
+                f"backward {rows}", partial(_accumulate, subject, mesh, loss), trainable, frozen, gradients, scalar,
+                packed | {"outputs": outputs(rows)}, key, donate_argnums=(2, 3), out_shardings=(shardings, everywhere, by_row),
+            )  # fmt: skip
         job(
             f"accumulate {rows}", partial(_accumulate, subject, mesh, loss), trainable, frozen, gradients, scalar, packed, key,
             donate_argnums=(2, 3), out_shardings=(shardings, everywhere, by_row),
@@ -144,10 +166,12 @@ def program_jobs(
 class Programs:
     """The compiled functions of the loop, by microbatch rows where that varies.
 
-    score[rows](trainable, frozen, rows) -> `Pruners.signals`, each [rows, L]
+    score[rows](trainable, frozen, rows) -> `Pruners.signals`, each [rows, L], and with prune.reuse_forward the layers' outputs
     unscored() -> the signals [N, T], all 0;  place[rows](signals, signals of rows, sample, slot) -> signals
     choose(batch, key) -> bool [N], where samples are chosen without scores;  decide(scores, batch, key) -> Decision
     zeros() -> (gradients, loss);  accumulate[rows](trainable, frozen, gradients, loss, rows, rng) -> (gradients, loss, nll)
+    with prune.reuse_forward: unknown[rows]() -> outputs of 0;  carry[scored rows, rows](outputs, scored outputs, row, slot) -> outputs;
+    backward[rows], accumulate of rows with "outputs"
     update(state, gradients, targets) -> (state, metrics);  skip(state) -> state, where there is no target
     """
 
@@ -171,9 +195,17 @@ class Programs:
         self.uses_rng = _draws(subject)
         self.score = {rows: compiled[f"score {rows}"] for rows in shapes if f"score {rows}" in compiled}
         self.accumulate = {rows: compiled[f"accumulate {rows}"] for rows in shapes}
+        self.unknown, self.backward = (
+            {rows: compiled[f"{name} {rows}"] for rows in shapes if f"{name} {rows}" in compiled} for name in ("unknown", "backward")
+        )
+        self.carry = {(a, b): compiled[f"carry {a} {b}"] for a in shapes for b in shapes if f"carry {a} {b}" in compiled}
         self.place = {rows: compiled[f"place {rows}"] for rows in shapes if f"place {rows}" in compiled}
         self.unscored, self.choose, self.decide = (compiled.get(name) for name in ("unscored", "choose", "decide"))
         self.zeros, self.update, self.skip = compiled["zeros"], compiled["update"], compiled["skip"]
+
+
+def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(shape.shape, shape.dtype)
 
 
 def _accumulate(subject, mesh, loss, trainable, frozen, gradients, total, rows, key):

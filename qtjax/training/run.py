@@ -35,6 +35,7 @@ from qtjax.training.optimizer import learning_rate_schedule
 from qtjax.training.programs import Programs
 from qtjax.training.pruners import pruners
 from qtjax.training.reference import check_other_model, other_model_scores
+from qtjax.training.reuse import check_reuse
 from qtjax.training.run_folder import RunFolder
 from qtjax.training.setup import Model, check_overlay, checkpoint_tree, from_checkpoint, load_model, start
 from qtjax.tree import Tree
@@ -84,6 +85,7 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
             check_other_model(config, field, tokenizer)
     shape = read_config(resolve_folder(config.model.path))
     check_fit(config, shape)
+    check_reuse(config.prune, None if config.overlay.method == "none" else check_overlay(config, shape), batch_size(mesh))
     dataset = _training_data(config, folder, tokenizer)
     check_tasks(config, shape, dataset)
     console.print(f"data    {dataset.stats.line()}", highlight=False, soft_wrap=True)

@@ -62,6 +62,19 @@ def rated_rows(
     return *_token_scores(config, params, overlay, rows, hidden, mesh, task_ids), rating
 
 
+def kept_rows(
+    config: ModelConfig,
+    params: Tree,
+    overlay: Any,
+    rows: Mapping[str, Array],
+    mesh: Mesh | None = None,
+    task_ids: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """`score_rows`, whose arguments these are, and what every layer gave: outputs [N, R, L, D] (`models.kept_hidden_states`)."""
+    hidden, outputs = models.kept_hidden_states(config, params, *_inputs(rows), overlay, task_ids)
+    return *_token_scores(config, params, overlay, rows, hidden, mesh, task_ids), outputs
+
+
 def _inputs(rows: Mapping[str, Array]) -> tuple[Array | None, ...]:
     """What the model reads, in its order."""
     return jnp.asarray(rows["input_ids"], jnp.int32), *map(rows.get, ("attention_mask", "position_ids", "segment_ids"))

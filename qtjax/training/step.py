@@ -152,12 +152,12 @@ def loss_sum(
     """(sum(weights * loss) over a packed microbatch, float32; the tokens' plain nll float32 [B, L] at target positions).
 
     loss: train.loss. rows: input_ids, position_ids, segment_ids, task_ids int32 [B, L]; weights float32 [B, L] at target
-    positions, 0 in slot 0.
+    positions, 0 in slot 0; outputs [N, B, L, D], where what the layers give is known (prune.reuse_forward).
     """
     params, overlay = subject.join(trainable, frozen)
     hidden = models.hidden_states(
         subject.config, params, rows["input_ids"], position_ids=rows["position_ids"], segment_ids=rows["segment_ids"],
-        overlay=overlay, task_ids=rows["task_ids"], rng=rng,
+        overlay=overlay, task_ids=rows["task_ids"], rng=rng, outputs=rows.get("outputs"),
     )  # fmt: skip
     labels, weights = (jnp.roll(rows[name], -1, axis=1) for name in ("input_ids", "weights"))
     hidden, kernel, layout = models.readout(subject.config, params, hidden, overlay, rows["task_ids"], rng)

@@ -161,6 +161,17 @@ def test_full_remat_recomputes_the_layer():
     assert products(TINY.replace(remat="full")) > products(TINY)
 
 
+def test_full_remat_recomputes_unrolled_layers():
+    """In a straight line too, where XLA would merge the second forward pass with the first: a third more products in the layers."""
+    config, ids = TINY.replace(unroll_layers=True), ids_of(2, 12)
+
+    def flops(config) -> float:
+        gradient = jax.jit(jax.grad(lambda p: hidden_states(config, p, ids).sum()))
+        return gradient.lower(params_of(config)).compile().cost_analysis()["flops"]
+
+    assert flops(config.replace(remat="full")) > 1.2 * flops(config)
+
+
 def test_positions_matter_and_default_to_arange():
     """Omitted positions are arange; a common shift changes nothing (rotary is relative), stretching them does."""
     params, ids = params_of(TINY), ids_of(2, 12)

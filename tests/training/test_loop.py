@@ -65,7 +65,7 @@ def test_token_scores_stand_where_their_samples_have_them(opened):
         for r, t in np.argwhere(part.sample >= 0):
             for out, values in zip(expected, scores):
                 out[part.sample[r, t], part.rows["position_ids"][r, t]] = values[r, t]
-    np.testing.assert_array_equal(np.asarray(loop.token_scores(prepared)), expected)
+    np.testing.assert_array_equal(np.asarray(loop.token_scores(prepared)[0]), expected)
     assert ((expected != 0) == prepared.batch.targets).all()
 
 

@@ -14,7 +14,7 @@ def watch(loop, monkeypatch) -> list:
     """What each step trains on from now on: its microbatches."""
     trained = []
     gradients = loop.gradients
-    monkeypatch.setattr(loop, "gradients", lambda parts, step: trained.append(parts) or gradients(parts, step))
+    monkeypatch.setattr(loop, "gradients", lambda parts, *given: trained.append(parts) or gradients(parts, *given))
     return trained
 
 
