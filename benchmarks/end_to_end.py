@@ -8,7 +8,8 @@ so on, so that what else the machine does falls on all alike. A step is scoring,
 compilation and the first step of every epoch, which a process's first use of everything falls on. c = seconds of scoring / seconds of
 full data, k = tokens trained on / all tokens, both of this run; "targets": the same of answers' tokens, which the head's part of a step
 goes with instead (what is kept may answer at greater length than the rest). Speed-ups are ratios of CPU seconds over the same steps, wall
-clock beside them. "reused" scores in its first epoch of three and is compared with three epochs.
+clock beside them. "reused" scores in its first epoch of three and is compared with three epochs; "one forward" keeps what the layers gave
+in the scoring pass (prune.reuse_forward), which saves more where training computes its layers twice: --remat full, for all lines.
 """
 
 import json
@@ -74,7 +75,10 @@ class Spent:
 
 
 def settings(budgets: str, modes: str) -> list[Setting]:
-    """Full data, every budget in every mode, and the first budget with its scores reused. Raises QtjaxError for other spellings."""
+    """Full data, every budget in every mode, and the first one with its scores reused and, masked, with its scoring pass kept.
+
+    Raises QtjaxError for other spellings.
+    """
     out = [Setting("full data", "", "", FULL_DATA)]
     for budget in budgets.split(","):
         sample, _, token = budget.strip().partition("x")
@@ -88,6 +92,8 @@ def settings(budgets: str, modes: str) -> list[Setting]:
                 raise QtjaxError(f"--modes {mode!r}: must be mask, drop or both: mask,drop")
             out.append(Setting(f"Q-Tuning {budget}", budget, mode, keep | {"prune.mode": mode}))
     first = out[1]
+    if first.mode == "mask":
+        out.append(first._replace(name=f"{first.name}, one forward", changes=first.changes | {"prune.reuse_forward": True}))
     return [*out, first._replace(name=f"{first.name}, reused", changes=first.changes | {"prune.score_every": REUSED}, epochs=REUSED)]
 
 
@@ -236,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "methods": ("full,lora", "full, lora or both"), "budgets": ("12.5x50,25x50,25x70,50x70", "percent of samples x of tokens"),
             "modes": ("mask,drop", "mask, drop or both"), "steps": (6, "optimizer steps of full data that are timed; 0: one epoch"), "batch": (64, "samples of a step"),
             "max-length": (512, "tokens of a sample and of a row"), "rows": (8, "packed rows of a launch"), "json": ("", "file for the numbers"),
-            "picture": ("", "PNG"), "dtype": ("float32", "compute dtype"),
+            "picture": ("", "PNG"), "dtype": ("float32", "compute dtype"), "remat": ("none", "model.remat of all lines"),
         },
     )  # fmt: skip
     if not given["data"]:
@@ -265,7 +271,7 @@ def measure(given: dict[str, Any], chosen: Sequence[Setting], out: Path) -> dict
     """Everything that is shown, {"results": {method: lines}}."""
     model = str(write_small(out, given["tokenizer"])) if given["model"] == SMALL else given["model"]
     common = {
-        "model.path": model, "model.dtype": given["dtype"], "data.path": given["data"], "data.prompt_column": given["prompt-column"],
+        "model.path": model, "model.dtype": given["dtype"], "model.remat": given["remat"], "data.path": given["data"], "data.prompt_column": given["prompt-column"],
         "data.completion_column": given["completion-column"], "data.chat_template": "none", "data.eval_fraction": 0.0,
         "data.max_length": given["max-length"], "data.max_samples": (given["steps"] + 1) * given["batch"] if given["steps"] else 0, "prune.batch_size": given["batch"],
         "train.rows": given["rows"], "train.checkpoint_every": 10**6, "train.warmup_fraction": 0.0, "run.tensorboard": False,

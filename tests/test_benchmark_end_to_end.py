@@ -19,7 +19,8 @@ def test_the_model_and_the_speed_up_are_those_of_the_numbers():
     found = {"full data": spent(10, 0, 100), "Q-Tuning 12.5x50 mask": spent(4, 3, 20, slots=25)}
     reused = spent(2, 3, 20, steps=6)
     reused.score_cpu[2:] = [0.0] * 4
-    full, plain, again = lines(chosen, found | {"Q-Tuning 12.5x50, reused mask": reused})
+    found |= {"Q-Tuning 12.5x50, one forward mask": spent(3, 3, 20), "Q-Tuning 12.5x50, reused mask": reused}
+    full, plain, _, again = lines(chosen, found)
     assert full["c"] == 0 and full["k"] == 1 and "model" not in full
     assert (plain["c"], plain["k"], plain["model"], plain["speedup"], plain["wall_speedup"]) == pytest.approx((0.3, 0.2, 2.0, 2.5, 2.5))
     assert plain["fill"] == pytest.approx(0.8) and plain["targets"] == pytest.approx(0.2) and plain["bars"] == [("0.9 of it", True), ("1.38x", True)]
@@ -69,9 +70,9 @@ def test_a_whole_table_on_a_tiny_model(tmp_path, capsys):
     assert set(report["results"]) == {"full", "lora"} and report["samples"] == 24
     for found in report["results"].values():
         assert [(r["setting"], r["steps"]) for r in found] == [
-            ("full data", 2), ("Q-Tuning 25x50", 2), ("Q-Tuning 25x50", 2), ("Q-Tuning 25x50, reused", 6),
+            ("full data", 2), ("Q-Tuning 25x50", 2), ("Q-Tuning 25x50", 2), ("Q-Tuning 25x50, one forward", 2), ("Q-Tuning 25x50, reused", 6),
         ]  # fmt: skip
         assert all(0 < r["c"] < 3 and 0 < r["k"] < 1 and r["speedup"] > 0 for r in found[1:])
-        assert found[3]["c"] < found[1]["c"]  # one scoring pass of three
+        assert found[4]["c"] < found[1]["c"]  # one scoring pass of three
     assert (tmp_path / "e.png").stat().st_size > 5000 and "Q-Tuning 25x50" in capsys.readouterr().out
     assert end_to_end.PAPER["25x50"] == 1.29

@@ -44,6 +44,16 @@ def test_spent_flops_count_what_is_computed_twice():
     assert spent_flops(splash.replace(remat="offload"), 1, 2048, trains=True) == 6 * N + 2 * (N - head) + 4 * seen
 
 
+def test_a_scoring_pass_that_is_kept_saves_training_the_layers_second_run():
+    """Under remat full 2 x (N - head) and one attention less a slot than without prune.reuse_forward."""
+    chip, model = Chip(16, peak=1.0, bandwidth=2.0, links=4.0), LLAMA3.replace(remat="full")
+    own, reused = (
+        step_parts(override(Config(), {"prune.reuse_forward": on}), model, chip, 1, {}, (8,), 2048, 200, 0)[1] for on in (False, True)
+    )
+    less = 2 * (N - 4096 * 128256) + 2048 * ATTENTION
+    assert own.slots == reused.slots and own.compute - reused.compute == pytest.approx(own.slots * less / 0.6e12)
+
+
 def test_a_step_is_charged_for_launched_slots():
     """128 samples of 200 tokens fill 12.5 rows of 2048, a quarter of them 3.1; launches have 8, 4 or 2 rows."""
     config = override(Config(), {"prune.batch_size": 128, "prune.sample_keep": 0.25})
