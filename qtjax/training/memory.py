@@ -59,7 +59,7 @@ def smaller(config: Config, devices: int, width: int = 0) -> list[dict[str, Any]
 
     Args: devices: how many; width: of the model, which mesh.fsdp must divide, 0 where it is not known.
     """
-    out: list[dict[str, Any]] = []
+    out: list[dict[str, Any]] = [{"prune.reuse_forward": False}] if config.prune.reuse_forward else []
     tensor = config.mesh.tensor
     fsdp = max(ways for ways in range(1, devices // tensor + 1) if (devices // tensor) % ways == 0 and width % ways == 0)
     if fsdp > config.mesh.fsdp:
@@ -73,7 +73,7 @@ def smaller(config: Config, devices: int, width: int = 0) -> list[dict[str, Any]
 
 def as_flags(changes: Mapping[str, Any]) -> str:
     """As a command line has them."""
-    return " ".join(f"--{dashed(name)} {value}" for name, value in changes.items())
+    return " ".join(f"--{dashed(name)} {str(value).lower() if isinstance(value, bool) else value}" for name, value in changes.items())
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from rich.console import Console
 from qtjax.config import Config, override, read_config
 from qtjax.errors import QtjaxError
 from qtjax.training import programs, story
-from qtjax.training.memory import memory_errors, shortage, smaller
+from qtjax.training.memory import as_flags, memory_errors, shortage, smaller
 
 GIB = 2**30
 TPU = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 121.50G of 15.75G hbm."
@@ -56,6 +56,8 @@ def test_what_makes_a_run_smaller():
     assert smaller(config, 8, width=12)[0] == {"mesh.fsdp": 4}
     done = override(config, {"mesh.fsdp": 4, "mesh.tensor": 2, "model.remat": "full", "train.rows": 4})
     assert smaller(done, 8) == []
+    first = smaller(override(done, {"prune.reuse_forward": True}), 8)[0]
+    assert as_flags(first) == "--prune.reuse-forward false"
     assert smaller(override(config, {"mesh.data": 4, "mesh.fsdp": 2}), 8)[0] == {"mesh.fsdp": 8, "mesh.data": -1}
 
 
