@@ -21,8 +21,8 @@ REUSE = {"prune.reuse_forward": True}
     "changes",
     [
         {},
-        {"overlay.method": "lora"},
-        {"model.remat": "full", "prune.token_scope": "q2+q4", "train.loss": "dft"},
+        pytest.param({"overlay.method": "lora"}, marks=pytest.mark.slow),
+        pytest.param({"model.remat": "full", "prune.token_scope": "q2+q4", "train.loss": "dft"}, marks=pytest.mark.slow),
         {"prune.score_every": 2, "prune.warmup_fraction": 0.34, "train.epochs": 4.0},
         {"prune.sample_pruner": "random"},
     ],
