@@ -29,6 +29,7 @@ SETTINGS = {
 }
 METHODS = {
     "full": {"overlay.method": "none"}, "LoRA": {"overlay.method": "lora"}, "full, remat": {"overlay.method": "none", "model.remat": "full"},
+    "full, kept": {"overlay.method": "none", "prune.reuse_forward": True},
 }  # fmt: skip
 STEPS = ("score 8", "accumulate 8", "update")
 
@@ -64,6 +65,7 @@ CASES = [
     *(Case("15M", "full", devices, (*STEPS, "decide", "place 8")) for devices in DEVICES),
     *(Case("15M", "LoRA", devices) for devices in DEVICES),
     Case("15M", "full, remat", 1, ("accumulate 8",)),
+    Case("15M", "full, kept", 1, ("score 8", "backward 8", "carry 8 8")),
     *(Case("small", method, devices) for method in ("full", "LoRA") for devices in DEVICES),
 ]  # fmt: skip
 

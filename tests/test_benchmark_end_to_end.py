@@ -20,7 +20,8 @@ def test_the_model_and_the_speed_up_are_those_of_the_numbers():
     reused = spent(2, 3, 20, steps=6)
     reused.score_cpu[2:] = [0.0] * 4
     found |= {"Q-Tuning 12.5x50, one forward mask": spent(3, 3, 20), "Q-Tuning 12.5x50, reused mask": reused}
-    full, plain, _, again = lines(chosen, found)
+    full, plain, kept, again = lines(chosen, found)
+    assert kept["setting"] == "Q-Tuning 12.5x50, one forward" and kept["speedup"] == pytest.approx(10 / 3) and kept["bars"] == [("1.38x", True)]
     assert full["c"] == 0 and full["k"] == 1 and "model" not in full
     assert (plain["c"], plain["k"], plain["model"], plain["speedup"], plain["wall_speedup"]) == pytest.approx((0.3, 0.2, 2.0, 2.5, 2.5))
     assert plain["fill"] == pytest.approx(0.8) and plain["targets"] == pytest.approx(0.2) and plain["bars"] == [("0.9 of it", True), ("1.38x", True)]

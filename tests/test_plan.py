@@ -33,6 +33,7 @@ def test_a_plan_needs_a_topology():
     (("--mesh.fsdp", "3"), "mesh.fsdp = 3: does not divide the 8 devices; values that do: 1, 2, 4, 8"),
     (("--mesh.tensor", "8"), "mesh.tensor = 8: does not divide dimension 1 of layers/mlp/down_proj/kernel, 300; values that do: 1, 2, 4"),
     (("--mesh.fsdp", "8"), "mesh.fsdp = 8: does not divide dimension 1 of embed_tokens/embedding, 100; values that do: 1, 2, 4"),
+    (("--prune.reuse-forward", "true"), "prune.reuse_forward = True: survivors move between the mesh's 8 devices of data x fsdp"),
     (("--data.max-length", "1024"), "data.max_length = 1024: the model .* has 512 positions"),
     (("--model.param-dtype", "bfloat16"), "full-parameter training keeps float32 parameters"),
     (("--tokens-per-sample", "129"), "--tokens-per-sample 129: must be from 1 to data.max_length = 128"),

@@ -114,19 +114,30 @@ def hidden_states(
       rng: key for what an overlay draws in training (dropout); None draws nothing.
       outputs: [N, B, L, D] in config.dtype, what each of the N layers gave for these tokens under these weights
         (`kept_hidden_states`, in whatever rows). The layers are then not run for their results, which are known, but in
-        the backward pass alone, as with remat "full"; gradients are those of a pass of one's own.
+        the backward pass alone, as with remat "full" (or "offload", where that is set); gradients are those of a pass of one's own.
     Virtual tokens of an overlay stand before the row once; every segment sees them, and its positions start after them
       (position_ids count without them).
     Returns: [B, L, D] in config.dtype; exactly zero, with zero gradient, at slots that hold nothing real. Raises
-      QtjaxError for task_ids that do not fit the overlay, and for outputs with virtual tokens; where they are traced, the
-      states of unknown tasks are NaN.
+      QtjaxError for task_ids that do not fit the overlay, and for outputs of other shape or dtype, with rng, virtual tokens or
+      an overlay of two passes; where task_ids are traced, the states of unknown tasks are NaN.
     """
     segment = segments(input_ids, attention_mask, segment_ids)
     task_ids = None if task_ids is None else jnp.asarray(task_ids)
     row = _Row(input_ids, position_ids, segment, segment_ids, task_ids, outputs=outputs)
-    if outputs is not None and config.remat in ("none", "dots"):
-        config = config.replace(remat="full")  # what they keep of a forward pass, they would have to compute
+    if outputs is not None:
+        config = _checked(config, row, rng)
     return _states(config, params, row, overlay, rng)[0]
+
+
+def _checked(config: ModelConfig, row: "_Row", rng: Array | None) -> ModelConfig:
+    """The config by which layers run whose outputs are known."""
+    found, wanted = row.outputs, (config.num_hidden_layers, *row.input_ids.shape, config.hidden_size)
+    if found.shape != wanted or found.dtype != config.dtype:
+        raise QtjaxError(f"outputs: must be {config.dtype} {list(wanted)}, got {found.dtype} {list(found.shape)}")
+    if rng is not None:
+        raise QtjaxError("outputs: are known of a pass that draws nothing; leave rng out")
+    # What none and dots keep of a forward pass would have to be computed.
+    return config if config.remat == "offload" else config.replace(remat="full")
 
 
 def kept_hidden_states(
@@ -258,7 +269,7 @@ def _run(config: ModelConfig, params: Tree, row: _Row, edits: Edits) -> tuple[Ar
 
 def _refuse_known(row: _Row, why: str) -> None:
     if row.keep or row.outputs is not None:
-        raise QtjaxError(f"the layers' outputs: cannot be kept or known where {why}")
+        raise QtjaxError(f"the layers' outputs: cannot be kept or known where {why}; use hidden_states without them")
 
 
 def _run_behind(

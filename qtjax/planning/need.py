@@ -17,7 +17,7 @@ from qtjax.config import Config
 from qtjax.models import ModelConfig
 from qtjax.parallel import batch_size, make_mesh, param_shardings, round_up
 from qtjax.planning.collectives import Collective, collectives
-from qtjax.training.ladder import ladder
+from qtjax.training.ladder import cut, ladder
 from qtjax.training.memory import shortage
 from qtjax.training.optimizer import make_optimizer
 from qtjax.training.programs import outputs_shape, program_jobs
@@ -138,7 +138,7 @@ def held_by(run: AbstractRun) -> Held:
 @dataclass(frozen=True)
 class Weighed:
     """A run on a mesh of devices that are not here. rows: of its largest launch; length: of a row; needs: of "scoring" (where samples
-    are scored), "training" (gradients of one launch) and "update"."""
+    are scored), "training" (gradients of one launch), "backward" (the same with the scoring pass kept) and "update"."""
 
     mesh: Mesh
     run: AbstractRun
@@ -169,20 +169,22 @@ def weigh(config: Config, shape: ModelConfig, devices: Sequence[Any], enough: fl
         samples=round_up(config.prune.batch_size, ways), max_length=config.data.max_length,
     )  # fmt: skip
     weights, needs = held.trained + held.frozen, {}
-    reuses = config.prune.reuse_forward
-    outputs = on_device(outputs_shape(run.subject.config, mesh, config.prune.batch_size, config.data.max_length)) if reuses else 0  # at most
-    for name, job, given in (
-        ("training", f"{'backward' if reuses else 'accumulate'} {rows}", weights + held.gradients),  # the largest first
-        ("scoring", f"score {rows}", weights),
-        ("update", "update", held.trained + held.moments + held.gradients),
+    outputs = 0
+    if config.prune.reuse_forward:  # at most: no launch holds fewer samples than rows
+        kept = sum(cut(config.prune.batch_size, ladder(config.train.rows, ways, config.train.shapes)))
+        outputs = on_device(outputs_shape(run.subject.config, mesh, kept, length))
+    for name, job, given, beside in (
+        ("training", f"accumulate {rows}", weights + held.gradients, held.moments),  # the largest first
+        ("backward", f"backward {rows}", weights + held.gradients, held.moments + outputs),
+        ("scoring", f"score {rows}", weights, held.moments + outputs),
+        ("update", "update", held.trained + held.moments + held.gradients, held.frozen),
     ):
         if job not in jobs:
             continue
-        beside = outputs + (held.frozen if name == "update" else held.moments)
         needs[name] = need_of(jobs[job], mesh, given, beside)
         if needs[name].total > enough:
             break
-    order = ("scoring", "training", "update")
+    order = ("scoring", "training", "backward", "update")
     return Weighed(mesh, run, held, rows, length, {name: needs[name] for name in order if name in needs})
 
 

@@ -111,8 +111,11 @@ def step_parts(
         launches = cut(math.ceil(tokens / length), ladder)
         slots = sum(launches) * length
         flops = needed_flops(model, tokens, min(length, math.ceil(tokens_per_sample)), trains=trains, frozen=frozen)
-        shape = model.replace(remat="none") if config.prune.reuse_forward else model  # layers run once: in the backward pass
-        compute = spent_flops(shape, slots, length, trains=trains, frozen=frozen) / devices / (chip.peak * 1e12 * REACHED)
+        spent = spent_flops(model, slots, length, trains=trains, frozen=frozen)
+        if trains and config.prune.reuse_forward:  # where a scoring pass was kept, layers run once: in the backward pass
+            once = spent_flops(model.replace(remat="none"), slots, length, trains=True, frozen=frozen)
+            spent += (once - spent) / config.prune.score_every
+        compute = spent / devices / (chip.peak * 1e12 * REACHED)
         parts.append(Part(name, tokens, slots, flops, compute, 0.0, _links(needs.get(name), len(launches), chip)))
     parts.append(Part("update", 0, 0, 0.0, 0.0, touched / (chip.bandwidth * 1e9), _links(needs.get("update"), 1, chip)))
     return parts

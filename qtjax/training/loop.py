@@ -6,7 +6,7 @@ Owns clocks, files and logs; everything numeric is in step.py. One call of `step
 import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -34,13 +34,13 @@ from qtjax.tree import Tree
 class Scored:
     """A batch with its scores (() without a scoring pass) and decision (None for full data) launched, maybe not there yet.
 
-    outputs: with prune.reuse_forward what the layers gave in each launch of its scoring pass, [N, R, L, D].
+    outputs: with prune.reuse_forward what the layers gave in each launch of its scoring pass, [N, R, L, D]; `gradients` takes them.
     """
 
     prepared: Prepared
     scores: Scores
     decision: Decision | None
-    outputs: tuple[jax.Array, ...] = ()
+    outputs: list[jax.Array] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Loop:
         self._next = (step + 1, self._thread.submit(ahead, step + 1)) if step + 1 < last else None
         return found if alone else self._packed(found, step)
 
-    def token_scores(self, prepared: Prepared) -> tuple[Scores, tuple[jax.Array, ...]]:
+    def token_scores(self, prepared: Prepared) -> tuple[Scores, list[jax.Array]]:
         """The pruners' signals [N, T] of the global batch under the current weights, and `Scored.outputs`: launched, not waited for.
 
         They stay on the device all the way to the decision: by way of the host, the decision could only be launched once
@@ -146,7 +146,7 @@ class Loop:
             sample = np.where(part.sample < 0, -1, part.sample + first)
             where = rows_on_device(self.mesh, {"sample": sample})["sample"]
             scores = self.programs.place[part.size](scores, tuple(own), where, rows["position_ids"])
-        return scores, tuple(outputs)
+        return scores, outputs
 
     def decide(self, batch: ScoringBatch, scores: Scores, step: int) -> Decision:
         """Both stages over the global batch; launched, not waited for."""
@@ -163,7 +163,7 @@ class Loop:
             own = keep[jax.process_index() * self.samples :][: self.samples]
             prepared = Prepared(prepared.batch, self.pack(whole_samples(prepared.batch, own)))
         scores: Scores = ()
-        outputs: tuple[jax.Array, ...] = ()
+        outputs: list[jax.Array] = []
         if self._passes(step):
             scores, outputs = self.token_scores(prepared)
         elif self.store is not None:
@@ -181,9 +181,15 @@ class Loop:
         return rows_on_device(self.mesh, rows), jax.device_put(key, replicated(self.mesh))
 
     def gradients(self, parts: list[Microbatch], step: int, scored: Scored | None = None) -> tuple[Tree, jax.Array]:
-        """Summed gradients and loss of a step's microbatches; InfoBatch learns each sample's loss. scored: with its outputs, if any."""
+        """Summed gradients and loss of a step's microbatches; InfoBatch learns each sample's loss.
+
+        scored: what they are the survivors of; its outputs are used up, so that the update has their memory.
+        """
         gradients, loss = self.programs.zeros()
-        outputs = scored.outputs if scored else ()
+        outputs = []
+        if scored is not None:
+            outputs[:] = scored.outputs
+            scored.outputs.clear()
         origins = Origins(scored.prepared.scoring, self.samples) if outputs else None
         run = self.programs.backward if outputs else self.programs.accumulate
         self.trained_nll: list[jax.Array] = []
@@ -200,8 +206,9 @@ class Loop:
                 self.trained_nll.append(nll)
         return gradients, loss
 
-    def _carried(self, part: Microbatch, outputs: tuple[jax.Array, ...], origins: Origins) -> jax.Array:
+    def _carried(self, part: Microbatch, outputs: list[jax.Array], origins: Origins) -> jax.Array:
         """What the layers gave for the tokens of a microbatch, [N, R, L, D], 0 at padding."""
+        assert not origins.missing(part), "a sample that was not scored is trained on"
         out = self.programs.unknown[part.size]()
         for launch, given in enumerate(outputs):
             if (found := origins.of(part, launch)) is not None:

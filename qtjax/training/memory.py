@@ -59,13 +59,16 @@ def smaller(config: Config, devices: int, width: int = 0) -> list[dict[str, Any]
 
     Args: devices: how many; width: of the model, which mesh.fsdp must divide, 0 where it is not known.
     """
-    out: list[dict[str, Any]] = [{"prune.reuse_forward": False}] if config.prune.reuse_forward else []
+    out: list[dict[str, Any]] = []
+    full = {} if config.model.remat == "full" else {"model.remat": "full"}
+    if config.prune.reuse_forward:  # which is computed as remat full is
+        out.append({"prune.reuse_forward": False} | full)
     tensor = config.mesh.tensor
     fsdp = max(ways for ways in range(1, devices // tensor + 1) if (devices // tensor) % ways == 0 and width % ways == 0)
     if fsdp > config.mesh.fsdp:
         out.append({"mesh.fsdp": fsdp} | ({} if config.mesh.data == -1 else {"mesh.data": -1}))
-    if config.model.remat != "full":
-        out.append({"model.remat": "full"})
+    if full and not config.prune.reuse_forward:
+        out.append(full)
     if config.train.rows > (ways := devices // tensor):
         out.append({"train.rows": ways})
     return out

@@ -13,6 +13,7 @@ from qtjax.config import PruneSection
 from qtjax.errors import QtjaxError
 from qtjax.overlays import Overlay
 from qtjax.training.batch import Microbatch
+from qtjax.training.kernels import edits_of
 from qtjax.training.pruners import pruners
 
 
@@ -27,14 +28,18 @@ def check_reuse(prune: PruneSection, overlay: Overlay | None, ways: int) -> None
     others = (
         (not needs.scores, "the pruners chosen use no scores", "leave it out"),
         (bool(prune.score_model), "prune.score_model's scores are not the trained model's", "leave one of them out"),
-        (bool(prune.score_dtype), f"prune.score_dtype = {prune.score_dtype!r} scores in another dtype", "leave one of them out"),
+        (bool(prune.score_dtype), f"prune.score_dtype = {prune.score_dtype!r} is of scoring alone", "leave one of them out"),
         (prune.score_lag > 0, "prune.score_lag = 1 scores under older weights", "leave one of them out"),
         (prune.mode == "drop", "prune.mode = 'drop' takes context away, so that survivors' layers give something else", "set it to mask"),
-        (bool(needs.token.rater), f"the token pruner {prune.token_pruner} has a forward pass of its own", "choose another"),
+        (bool(needs.token.rater), f"the scoring pass of the token pruner {prune.token_pruner} is not kept", "choose another, or leave it out"),
         (ways > 1, f"survivors move between the mesh's {ways} devices of data x fsdp", "use one of them, and mesh.tensor for the others"),
-        (overlay is not None and overlay.draws, f"{name} draws random numbers in training that scoring does not", "set its dropout to 0"),
-        (overlay is not None and overlay.two_passes, f"{name} takes two passes", "leave it out"),
-        (overlay is not None and _virtual(overlay), f"{name} puts virtual tokens before each row", "leave it out"),
+        (jax.process_count() > 1, "survivors move between processes", "leave it out"),
+        (overlay is not None and overlay.two_passes, f"{name} takes two passes", "leave it out, or choose another overlay"),
+        (overlay is not None and _virtual(overlay), f"{name} puts virtual tokens before each row", "leave it out, or choose another overlay"),
+        (
+            overlay is not None and overlay.draws, f"{name} draws random numbers in training that scoring does not",
+            "set its dropout to 0 if it has one, or leave it out",
+        ),
     )
     for wrong, why, remedy in others:
         if wrong:
@@ -42,9 +47,7 @@ def check_reuse(prune: PruneSection, overlay: Overlay | None, ways: int) -> None
 
 
 def _virtual(overlay: Overlay) -> bool:
-    if overlay.two_passes:
-        return False
-    return jax.eval_shape(lambda given: given.expand(None, jnp.zeros(1, jnp.int32)), overlay).virtual is not None
+    return not overlay.two_passes and edits_of(overlay).virtual is not None
 
 
 def carry(into: Array, outputs: Array, row: Array, slot: Array) -> Array:
@@ -63,6 +66,10 @@ class Origins:
             row, slot = np.nonzero((part.sample >= 0) & (part.rows["position_ids"] == 0))
             sample = part.sample[row, slot]
             self.launch[sample], self.row[sample], self.first[sample] = launch, row, slot
+
+    def missing(self, part: Microbatch) -> bool:
+        """Whether `part` trains on a sample that was not scored: what the layers give for it is then not known."""
+        return bool((self.launch[part.sample[part.sample >= 0]] < 0).any())
 
     def of(self, part: Microbatch, launch: int) -> tuple[np.ndarray, np.ndarray] | None:
         """(row, slot) int32 [R, L] in a scoring launch of what `part` trains on; row -1: not there. None: nothing of it is there."""

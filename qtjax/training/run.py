@@ -85,7 +85,8 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
             check_other_model(config, field, tokenizer)
     shape = read_config(resolve_folder(config.model.path))
     check_fit(config, shape)
-    check_reuse(config.prune, None if config.overlay.method == "none" else check_overlay(config, shape), batch_size(mesh))
+    if config.prune.reuse_forward:
+        check_reuse(config.prune, None if config.overlay.method == "none" else check_overlay(config, shape), batch_size(mesh))
     dataset = _training_data(config, folder, tokenizer)
     check_tasks(config, shape, dataset)
     console.print(f"data    {dataset.stats.line()}", highlight=False, soft_wrap=True)

@@ -35,7 +35,10 @@ from qtjax.records.samples import SampleShards, read_samples
 # Where a run lies and caches does not change what it computes.
 _PLACES = ("run.folder", "run.compile_cache")
 # Nor does this, but for rounding and what dropout draws: a run that goes on elsewhere may have others, and says so.
-_MACHINE = ("mesh.data", "mesh.fsdp", "mesh.tensor", "model.remat", "model.unroll_layers", "train.rows", "train.shapes", "train.keep_checkpoints")
+_MACHINE = (
+    "mesh.data", "mesh.fsdp", "mesh.tensor", "model.remat", "model.unroll_layers", "prune.reuse_forward", "train.rows", "train.shapes",
+    "train.keep_checkpoints",
+)  # fmt: skip
 _RECORDS = ("metrics.jsonl", "eu", "tensorboard", "checkpoints", "summary.json")
 
 

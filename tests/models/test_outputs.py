@@ -38,14 +38,14 @@ def overlay_of(method: str, config: ModelConfig, params: dict):
     ("method", "change"),
     [
         ("", {}), ("", {"sliding_window": 4, "model_type": "mistral"}), ("", {"remat": "offload"}), ("lora", {}), ("prefix", {}),
-        ("lora", {"unroll_layers": True}),
+        ("lora", {"unroll_layers": True}), ("lora", {"dtype": "bfloat16"}),
     ],
     ids=str,
 )  # fmt: skip
 def test_known_outputs_give_the_same_states_and_gradients(method, change):
     """Samples 0, 1, 2 in a row are kept, 2 and 0 in another row trained: values and gradients are those of a pass of their own.
 
-    Float32 over three layers, sums in another order: 2e-5 of the largest.
+    Three layers, sums in another order: 2e-5 of the largest in float32, of 24 bits, and 2^16 times that many roundings in bfloat16, of 8.
     """
     config = TINY.replace(**change)
     params = init_params(config, jax.random.key(0))
@@ -62,9 +62,10 @@ def test_known_outputs_give_the_same_states_and_gradients(method, change):
 
     tree = params if overlay is None else overlay.params
     (own, theirs), (value, found) = (jax.jit(jax.value_and_grad(loss))(tree, known) for known in (None, outputs))
-    np.testing.assert_allclose(value, own, rtol=2e-5, atol=2e-4)
+    near = 2e-5 if config.dtype == "float32" else 0.05
+    np.testing.assert_allclose(value, own, rtol=near, atol=10 * near)
     for want, got in zip(jax.tree.leaves(theirs), jax.tree.leaves(found), strict=True):
-        np.testing.assert_allclose(got, want, atol=2e-5 * max(float(jnp.abs(want).max()), 1e-3))
+        np.testing.assert_allclose(got, want, atol=near * max(float(jnp.abs(want).max()), 1e-3))
         assert got.any() or not want.any()
 
 
@@ -76,10 +77,11 @@ def test_the_states_are_those_that_were_kept():
     np.testing.assert_allclose(hidden_states(TINY, params, **rows, outputs=-outputs), -hidden, rtol=1e-6)
 
 
-def test_a_forward_pass_less_is_computed():
+@pytest.mark.parametrize("layers", [1, 3], ids=["in a loop, whose body counts once", "unrolled"])
+def test_a_forward_pass_less_is_computed(layers):
     """By the compiler's own count: loss and gradient with known outputs take the forward products of the layers less than with
     every layer computed again, and its last product (a layer's output, which nobody needs) less than with all of it kept."""
-    wide = TINY.replace(hidden_size=64, intermediate_size=256, head_dim=16, unroll_layers=True)  # unrolled, so that every layer counts
+    wide = TINY.replace(hidden_size=64, intermediate_size=256, head_dim=16, unroll_layers=layers > 1)
     params, rows = init_params(wide, jax.random.key(0)), rows_of([0, 1, 2], 21)
     outputs = kept_hidden_states(wide, params, **rows)[1]
 
@@ -90,8 +92,8 @@ def test_a_forward_pass_less_is_computed():
     d, m, kv = 64, 256, 32
     layer = 2 * 21 * (2 * d * d + 2 * d * kv + 3 * d * m)  # the products of 21 tokens, forward
     less = flops(wide.replace(remat="full"), None) - flops(wide.replace(remat="full"), outputs)
-    assert less > 0.95 * 3 * layer
-    assert flops(wide, None) - flops(wide, outputs) > 0.95 * 3 * 2 * 21 * d * m
+    assert less > 0.95 * layers * layer
+    assert flops(wide, None) - flops(wide, outputs) > 0.95 * layers * 2 * 21 * d * m
 
 
 def test_passes_that_cannot_be_kept_are_refused():
@@ -99,3 +101,10 @@ def test_passes_that_cannot_be_kept_are_refused():
     params = init_params(TINY, jax.random.key(0))
     with pytest.raises(QtjaxError, match="cannot be kept or known where virtual tokens"):
         kept_hidden_states(TINY, params, **rows_of([0], 8), overlay=overlay_of("prompt", TINY, params))
+    for outputs, rng, message in (
+        (jnp.zeros((3, 1, 8, 16)), None, r"outputs: must be float32 \[3, 1, 8, 32\], got float32 \[3, 1, 8, 16\]"),
+        (jnp.zeros((3, 1, 8, 32), jnp.bfloat16), None, "got bfloat16"),
+        (jnp.zeros((3, 1, 8, 32)), jax.random.key(0), "draws nothing; leave rng out"),
+    ):
+        with pytest.raises(QtjaxError, match=message):
+            hidden_states(TINY, params, **rows_of([0], 8), outputs=outputs, rng=rng)

@@ -22,12 +22,13 @@ def test_a_scoring_pass_that_is_kept_is_counted():
         planning.weigh(override(CONFIG, {"prune.reuse_forward": on}), SMOL, jax.devices()[:1]).needs for on in (False, True)
     )
     token = 4 * SMOL.num_hidden_layers * SMOL.hidden_size
-    for name in ("scoring", "training", "update"):
-        assert reuses[name].beside - own[name].beside == token * CONFIG.prune.batch_size * 64
-    assert reuses["training"].arguments - own["training"].arguments == token * 4 * 64
+    kept = token * CONFIG.prune.batch_size * 64  # launches of 4, 2 and 1 rows hold a sample each at the least
+    assert reuses["scoring"].beside - own["scoring"].beside == reuses["backward"].beside - own["training"].beside == kept
+    assert reuses["backward"].arguments - own["training"].arguments == token * 4 * 64
+    assert reuses["training"] == own["training"] and reuses["update"] == own["update"]  # of steps without a scoring pass; after the last use
 
 
-def test_a_mesh_that_cannot_keep_a_scoring_pass_is_no_plan():
+def test_a_scoring_pass_that_cannot_be_kept_is_no_plan():
     """The plan refuses what the run would."""
     config = override(CONFIG, {"prune.reuse_forward": True, "prune.mode": "drop"})
     with pytest.raises(QtjaxError, match="prune.reuse_forward = True: prune.mode = 'drop'"):

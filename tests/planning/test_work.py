@@ -47,11 +47,13 @@ def test_spent_flops_count_what_is_computed_twice():
 def test_a_scoring_pass_that_is_kept_saves_training_the_layers_second_run():
     """Under remat full 2 x (N - head) and one attention less a slot than without prune.reuse_forward."""
     chip, model = Chip(16, peak=1.0, bandwidth=2.0, links=4.0), LLAMA3.replace(remat="full")
-    own, reused = (
-        step_parts(override(Config(), {"prune.reuse_forward": on}), model, chip, 1, {}, (8,), 2048, 200, 0)[1] for on in (False, True)
+    own, reused, half = (
+        step_parts(override(Config(), {"prune.reuse_forward": on, "prune.score_every": every}), model, chip, 1, {}, (8,), 2048, 200, 0)[1]
+        for on, every in ((False, 1), (True, 1), (True, 2))
     )
     less = 2 * (N - 4096 * 128256) + 2048 * ATTENTION
     assert own.slots == reused.slots and own.compute - reused.compute == pytest.approx(own.slots * less / 0.6e12)
+    assert own.compute - half.compute == pytest.approx(own.slots * less / 0.6e12 / 2)  # every other epoch has a pass to keep
 
 
 def test_a_step_is_charged_for_launched_slots():

@@ -56,8 +56,9 @@ def test_what_makes_a_run_smaller():
     assert smaller(config, 8, width=12)[0] == {"mesh.fsdp": 4}
     done = override(config, {"mesh.fsdp": 4, "mesh.tensor": 2, "model.remat": "full", "train.rows": 4})
     assert smaller(done, 8) == []
-    first = smaller(override(done, {"prune.reuse_forward": True}), 8)[0]
-    assert as_flags(first) == "--prune.reuse-forward false"
+    assert smaller(override(done, {"prune.reuse_forward": True}), 8) == [{"prune.reuse_forward": False}]
+    kept = override(config, {"prune.reuse_forward": True})  # without it layers would be kept: computed again, as with it, they take less
+    assert as_flags(smaller(kept, 1)[0]) == "--prune.reuse-forward false --model.remat full" and len(smaller(kept, 1)) == 2
     assert smaller(override(config, {"mesh.data": 4, "mesh.fsdp": 2}), 8)[0] == {"mesh.fsdp": 8, "mesh.data": -1}
 
 

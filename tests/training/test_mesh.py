@@ -33,8 +33,8 @@ for name, mesh in json.loads(sys.argv[2]).items():
         session = open_session(config, folder, Console(quiet=True))
         loop, summed, out[name] = session.loop, {}, []
 
-        def gradients(parts, step, true=loop.gradients):
-            total, loss = true(parts, step)
+        def gradients(*given, true=loop.gradients):
+            total, loss = true(*given)
             summed.update(host(total))  # before the update takes them
             return total, loss
 
@@ -174,6 +174,23 @@ def test_one_step_is_the_same_on_one_and_on_eight_devices(tiny_config, run_on, t
             assert not (apart & ~lost).any(), where
             off, entries = off + apart.sum(), entries + apart.size
         assert off < 1e-3 * entries if eps < 1e-3 else off == 0, (name, off, entries)
+
+
+@pytest.mark.slow
+def test_a_scoring_pass_is_kept_by_devices_that_share_rows(tiny_config, run_on, tmp_path):
+    """On a tensor mesh of two the same choice, gradients within 1e-5 of their leaf's largest and updates within 1e-4 as with two passes."""
+    config = tiny_config(**{
+        "data.eval_fraction": 0.0, "train.shapes": 2, "train.warmup_fraction": 0.0, "train.eps": 1e-3, "train.max_steps": 2,
+        "run.folder": str(tmp_path / "run"),
+    })  # fmt: skip
+    shared = {"data": 1, "tensor": 2}
+    found = run_on(config, {"own": shared, "kept": shared | {"prune.reuse_forward": True}}, 2)
+    for one, kept in zip(found["own"], found["kept"], strict=True):
+        assert kept["devices"] == 2 and kept["keep"] == one["keep"] and kept["kept_tokens"] == one["kept_tokens"]
+        for path in one["gradient"]:
+            (g, u), (h, v) = ((np.array(each[name][path]) for name in ("gradient", "update")) for each in (one, kept))
+            np.testing.assert_allclose(h, g, rtol=0, atol=1e-5 * np.abs(g).max(), err_msg=path)
+            np.testing.assert_allclose(v, u, rtol=0, atol=1e-4, err_msg=path)
 
 
 # Two steps of a method: AdaLoRA cuts ranks after both; DiffPruning's gates are half open, so that their noise matters, and

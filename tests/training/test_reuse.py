@@ -1,5 +1,7 @@
 """prune.reuse_forward: training starts from what the scoring pass computed, and ends as if it had not."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -22,11 +24,12 @@ REUSE = {"prune.reuse_forward": True}
     [
         {},
         pytest.param({"overlay.method": "lora"}, marks=pytest.mark.slow),
+        pytest.param({"overlay.method": "qlora", "model.quantization": "nf4"}, marks=pytest.mark.slow),
         pytest.param({"model.remat": "full", "prune.token_scope": "q2+q4", "train.loss": "dft"}, marks=pytest.mark.slow),
         {"prune.score_every": 2, "prune.warmup_fraction": 0.34, "train.epochs": 4.0},
         {"prune.sample_pruner": "random"},
     ],
-    ids=["full", "lora", "remat", "steps-without-a-pass", "scored-after-the-choice"],
+    ids=["full", "lora", "qlora", "remat", "steps-without-a-pass", "scored-after-the-choice"],
 )
 def test_a_run_that_reuses_its_scoring_pass_trains_alike(opened, changes):
     """Step by step the same choice, the same loss and, at the end, the same weights as a run that computes everything twice.
@@ -34,10 +37,21 @@ def test_a_run_that_reuses_its_scoring_pass_trains_alike(opened, changes):
     Float32, sums in another order, six to twelve steps of AdamW at 1e-2, which divides small gradients by their own size: 2e-4.
     """
     own, reused = opened(**changes), opened(**changes, **REUSE, **{"run.folder": str(opened.root / "reused")})
-    assert not own.loop.programs.backward and reused.loop.programs.backward
+    assert not own.loop.programs.backward
+    used = {"backward": 0, "accumulate": 0}
+    for name in used:
+
+        def counted(*given, name=name, program):
+            used[name] += 1
+            return program(*given)
+
+        calls = {rows: partial(counted, program=program) for rows, program in getattr(reused.loop.programs, name).items()}
+        setattr(reused.loop.programs, name, calls)
     for step in range(own.total_steps):
         (want, rows), (got, chosen) = (session.loop.step(step, session.total_steps) for session in (own, reused))
         assert got["scored_tokens"] == want["scored_tokens"] and got["kept_tokens"] == want["kept_tokens"]
+        assert used["backward" if got["scored_tokens"] else "accumulate"] > 0 and min(used.values()) == 0, (step, used)
+        used |= {"backward": 0, "accumulate": 0}
         np.testing.assert_allclose(got["loss"], want["loss"], rtol=1e-4)
         np.testing.assert_allclose(got["grad_norm"], want["grad_norm"], rtol=1e-3)
         if rows is not None:
@@ -97,10 +111,10 @@ def test_a_crash_changes_nothing(differ_after_a_cut):
     ("changes", "message"),
     [
         ({"score_lag": 1}, "score_lag = 1 scores under older weights; leave one of them out"),
-        ({"score_dtype": "bfloat16"}, "score_dtype = 'bfloat16' scores in another dtype"),
+        ({"score_dtype": "bfloat16"}, "score_dtype = 'bfloat16' is of scoring alone"),
         ({"score_model": "x"}, "score_model's scores are not the trained model's"),
         ({"mode": "drop"}, "mode = 'drop' takes context away"),
-        ({"sample_pruner": "entropy", "token_pruner": "fastv"}, "fastv has a forward pass of its own"),
+        ({"sample_pruner": "entropy", "token_pruner": "fastv"}, "scoring pass of the token pruner fastv is not kept; choose another"),
         ({"sample_pruner": "none", "token_pruner": "none"}, "use no scores"),
     ],
 )
@@ -115,6 +129,7 @@ def test_scores_that_are_not_what_training_would_compute_are_refused(changes, me
     [
         ({"overlay.lora_dropout": 0.1, "overlay.method": "lora"}, "lora draws random numbers"),
         ({"overlay.method": "prompt"}, "prompt puts virtual tokens before each row"),
+        ({"overlay.method": "diffprune"}, "diffprune draws .* if it has one, or leave it out"),
     ],
 )
 def test_overlays_that_train_otherwise_than_they_score_are_refused(opened, changes, message):

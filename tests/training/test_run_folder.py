@@ -286,12 +286,14 @@ def test_another_config_is_named_field_by_field(tmp_path):
 
 
 def test_a_run_may_go_on_on_another_mesh_and_says_so(tmp_path):
-    """What a machine asks for (mesh, remat, unrolled layers, checkpoints kept) may be other than before: said in words, and once
+    """What a machine asks for (mesh, remat, unrolled layers, a kept scoring pass, checkpoints kept) may be other than before: said in words, and once
     the run goes on the folder's own; a start that comes to nothing leaves config.json as it was."""
     begin(tmp_path / "run")
-    other = config_of(tmp_path / "run", mesh__fsdp=4, mesh__data=2, model__remat="full", train__keep_checkpoints=5)
+    other = config_of(
+        tmp_path / "run", mesh__fsdp=4, mesh__data=2, model__remat="full", train__keep_checkpoints=5, prune__reuse_forward=True
+    )
     stored = lambda: json.loads((tmp_path / "run" / "config.json").read_text())["mesh"]["fsdp"]  # noqa: E731
-    said = ["model.remat full instead of none", "train.keep_checkpoints 5 instead of 2", "mesh.data 2 instead of -1", "mesh.fsdp 4 instead of 1"]
+    said = ["model.remat full instead of none", "prune.reuse_forward True instead of False", "train.keep_checkpoints 5 instead of 2", "mesh.data 2 instead of -1", "mesh.fsdp 4 instead of 1"]
     with RunFolder.open(other) as folder:
         assert folder.moved == said and RunFolder.open(other, writes=False).moved == said
     assert stored() == 1
