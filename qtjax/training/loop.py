@@ -186,9 +186,8 @@ class Loop:
         scored: what they are the survivors of; its outputs are used up, so that the update has their memory.
         """
         gradients, loss = self.programs.zeros()
-        outputs = []
-        if scored is not None:
-            outputs[:] = scored.outputs
+        outputs = list(scored.outputs) if scored else []
+        if scored:
             scored.outputs.clear()
         origins = Origins(scored.prepared.scoring, self.samples) if outputs else None
         run = self.programs.backward if outputs else self.programs.accumulate
