@@ -5,7 +5,7 @@
     python -m benchmarks.scaling --quick --json scaling.json --picture scaling.png
 
 Of the first three: one training step of one launch (zeros, accumulate, update) and one scoring launch, as a run compiles them, in
-float32 without remat, every token trained or scored, a sample a row (layers unrolled where a run's are).
+float32 without remat, every token trained or scored, a sample a row (the 1M model's layers are unrolled, as a run's are at its width).
 Seconds per 1,000 tokens, of all cores (CPU) and of the clock; the compiler's temporaries of the largest program; the most memory that
 the process took by then, compilation included (scoring is compiled and run first). Every size has a process of its own. Within a panel
 they run in turn, round after round, so that what else the machine does falls on all of them; seconds are medians over the rounds.

@@ -28,12 +28,6 @@ def compile_once(tmp_path_factory) -> None:
 
 
 @pytest.fixture(autouse=True)
-def layers_in_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in every model of a useful size; training/test_programs compares that with what a model as small as the tests' gets."""
-    monkeypatch.setattr("qtjax.models.config.UNROLLED_WIDTH", 0)
-
-
-@pytest.fixture(autouse=True)
 def few_mappings() -> Iterator[None]:
     """Every compiled program maps memory, and Linux grants a process 65,530 mappings: a worker that kept them all would die."""
     yield

@@ -22,8 +22,8 @@ class RopeScaling:
 
 
 # The largest width and number of layers at which a run unrolls them by itself (docs/performance.md): what the loop costs, slices of what it
-# stacks, goes with the width, and products with its square; each layer more is as much more to compile. Larger ones are not measured.
-UNROLLED_WIDTH, UNROLLED_LAYERS = 384, 8
+# stacks, goes with the width, and products with its square; each layer more is as much more to compile.
+UNROLLED_WIDTH, UNROLLED_LAYERS = 64, 8
 
 
 @dataclass(frozen=True)

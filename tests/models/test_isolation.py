@@ -143,9 +143,8 @@ def test_remat_and_unroll_do_not_change_the_numbers():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=2e-5), plain, other)
 
 
-def test_a_run_unrolls_the_layers_of_small_models_by_itself(monkeypatch):
+def test_a_run_unrolls_the_layers_of_small_models_by_itself():
     """By width and number of layers; of any model where it is asked for."""
-    monkeypatch.setattr("qtjax.models.config.UNROLLED_WIDTH", 64)
     small, wide, deep = (TINY.replace(hidden_size=width, num_hidden_layers=count) for width, count in ((64, 8), (72, 2), (32, 9)))
     assert [unrolled(config, False) for config in (small, wide, deep)] == [True, False, False]
     assert unrolled(wide, True)

@@ -19,6 +19,12 @@ from qtjax.tree import flatten
 WORDS = "red blue green one two three four cat dog bird sun moon tree house river stone".split()
 
 
+@pytest.fixture(autouse=True)
+def layers_in_a_loop(monkeypatch):
+    """As in every model of a useful size; test_programs compares that with what a model as small as the tests' gets."""
+    monkeypatch.setattr("qtjax.models.config.UNROLLED_WIDTH", 0)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> str:
     """A random two-layer LLaMA folder with the embedded tokenizer."""
