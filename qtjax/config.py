@@ -100,10 +100,7 @@ class PruneSection:
     score_every: int = knob(1, "epochs from one scoring pass over a sample to the next; its last scores serve in between", rule=">0")
     score_dtype: str = knob("", "compute dtype of the scoring pass; empty: model.dtype; int8: of the layers' products", choices=("", *DTYPES, "int8"))
     score_model: str = knob("", "HF folder or hub name of a model that scores the data once, before training; empty: the model in training")
-    reuse_forward: bool = knob(
-        False, "keep what the layers gave in the scoring pass, layers x tokens x width numbers: training then computes them once where remat"
-        " full does twice; masked, on one device of data x fsdp"
-    )
+    reuse_forward: bool = knob(False, "keep the scoring pass's layers: training runs them once where remat full does twice; masked, data x fsdp of 1")
     score_lag: int = knob(0, "optimizer steps by which the scoring weights are old: 0 exact, 1 lets scoring overlap training", rule="0 or 1")
 
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from qtjax.models.api import logits as logits_of
-from qtjax.models.api import variables
 from qtjax.models.attention import visible
 from qtjax.models.config import ModelConfig
 from qtjax.models.decoder import Decoder
 from qtjax.models.edits import Edits, expanded
+from qtjax.models.passes import variables
 from qtjax.models.virtual import check_task_ids, of_rows, sees_virtual
 from qtjax.tree import Tree
 

@@ -16,14 +16,14 @@ from jax.sharding import Mesh
 from qtjax.config import Config
 from qtjax.data.dataset import TokenizedDataset
 from qtjax.data.iterate import BatchPlan
-from qtjax.errors import Diverged
 from qtjax.parallel import agree_sums, all_rows, local_rows, replicated, rows_on_device
 from qtjax.training.batch import Microbatch, Prepared, ScoringBatch, microbatches, read_batch, survivors, whole_samples
 from qtjax.training.clock import CLOCKS, Clock
 from qtjax.training.counts import choices, count
+from qtjax.training.finite import finite_sums, refuse_nan
+from qtjax.training.kept import Kept
 from qtjax.training.programs import Programs
 from qtjax.training.pruners import EpochPlan, pruners
-from qtjax.training.reuse import Origins
 from qtjax.training.score_store import ScoreStore
 from qtjax.training.state import TrainState
 from qtjax.training.step import Decision, Scores, step_key
@@ -189,7 +189,7 @@ class Loop:
         outputs = list(scored.outputs) if scored else []
         if scored:
             scored.outputs.clear()
-        origins = Origins(scored.prepared.scoring, self.samples) if outputs else None
+        kept = Kept(self.programs, self.mesh, scored.prepared.scoring, outputs, self.samples) if outputs else None
         run = self.programs.backward if outputs else self.programs.accumulate
         self.trained_nll: list[jax.Array] = []
         for i, part in enumerate(parts):
@@ -198,22 +198,12 @@ class Loop:
                 raw = jax.random.key_data(jax.random.fold_in(jax.random.fold_in(self.key, step), i))
                 key = jax.device_put(raw, replicated(self.mesh))
             rows = rows_on_device(self.mesh, part.rows)
-            if outputs:
-                rows["outputs"] = self._carried(part, outputs, origins)
+            if kept:
+                rows["outputs"] = kept.of(part)
             gradients, loss, nll = run[part.size](self.state.trainable, self.frozen, gradients, loss, rows, key)
             if self.epochs is not None:
                 self.trained_nll.append(nll)
         return gradients, loss
-
-    def _carried(self, part: Microbatch, outputs: list[jax.Array], origins: Origins) -> jax.Array:
-        """What the layers gave for the tokens of a microbatch, [N, R, L, D], 0 at padding."""
-        assert not origins.missing(part), "a sample that was not scored is trained on"
-        out = self.programs.unknown[part.size]()
-        for launch, given in enumerate(outputs):
-            if (found := origins.of(part, launch)) is not None:
-                row, slot = rows_on_device(self.mesh, dict(zip(("row", "slot"), found))).values()
-                out = self.programs.carry[given.shape[1], part.size](out, given, row, slot)
-        return out
 
     def step(self, step: int, last: int) -> tuple[dict[str, Any], dict[str, np.ndarray] | None]:
         """Optimizer step number step + 1 (`step` done so far, `last` in all).
@@ -230,13 +220,13 @@ class Loop:
             chosen = self._choose(self._launch(step, last, clock), clock)
         decision, counts = chosen.scored.decision, chosen.counts
         if self.pruners.scores and decision is not None:
-            _refuse_nan(step, decision, self.pruners.early)
+            refuse_nan(step, decision, self.pruners.early)
         ahead = self._launch(step + 1, last, clock) if self.lag and step + 1 < last else None
         sums = self._train(chosen, step)
         clock.lap("train")
         if ahead:
             self.following = self._choose(ahead, clock)
-        loss, measured = _finite_sums(step, sums, chosen.divisor)
+        loss, measured = finite_sums(step, sums, chosen.divisor)
         if self.epochs is not None and sums is not None:
             self.epochs.record(*self._sample_losses(chosen))
         clock.lap("train")
@@ -347,28 +337,3 @@ class Loop:
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
-
-
-def _refuse_nan(step: int, decision: Decision, early: bool) -> None:
-    """Raises where a sample was scored and its score is NaN: all that have targets, or of those chosen early the kept ones."""
-    scored = np.asarray(decision.keep if early else decision.count) > 0
-    unusable = scored & np.isnan(np.asarray(decision.entropy))
-    if unusable.any():
-        raise _diverged(step, f"the scores of {unusable.sum()} samples are NaN")
-
-
-def _finite_sums(step: int, sums: tuple[jax.Array, dict[str, jax.Array]] | None, divisor: float) -> tuple[float, dict[str, float]]:
-    """(mean loss, gradient norm and an overlay's penalty by name), waited for; zeros for a step that was skipped."""
-    if sums is None:
-        return 0.0, {"grad_norm": 0.0}
-    loss, measured = float(sums[0]) / divisor, {name: float(value) for name, value in sums[1].items()}
-    if not np.isfinite([loss, *measured.values()]).all():
-        raise _diverged(step, f"loss {loss}, gradient norm {measured['grad_norm']}")
-    return loss, measured
-
-
-def _diverged(step: int, what: str) -> Diverged:
-    return Diverged(
-        f"step {step + 1}: {what}: training diverged, or the model overflows its dtype; the last checkpoint is whole. Try a"
-        " lower train.learning_rate, train.clip_norm 1.0, more warm-up, or model.dtype float32"
-    )

@@ -6,13 +6,11 @@ and since what a layer gives at a token depends on the sample up to that token o
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from qtjax.config import PruneSection
 from qtjax.errors import QtjaxError
 from qtjax.overlays import Overlay
-from qtjax.training.batch import Microbatch
 from qtjax.training.kernels import edits_of
 from qtjax.training.pruners import pruners
 
@@ -55,27 +53,3 @@ def carry(into: Array, outputs: Array, row: Array, slot: Array) -> Array:
     row -1: stays as it is."""
     there = outputs[:, jnp.maximum(row, 0), slot]
     return jnp.where((row >= 0)[None, :, :, None], there, into)
-
-
-class Origins:
-    """Where the scoring pass of a step has each of its samples: launch, row and first slot int64 [samples]."""
-
-    def __init__(self, scoring: list[Microbatch], samples: int):
-        self.launch, self.row, self.first = np.full((3, samples), -1)
-        for launch, part in enumerate(scoring):
-            row, slot = np.nonzero((part.sample >= 0) & (part.rows["position_ids"] == 0))
-            sample = part.sample[row, slot]
-            self.launch[sample], self.row[sample], self.first[sample] = launch, row, slot
-
-    def missing(self, part: Microbatch) -> bool:
-        """Whether `part` trains on a sample that was not scored: what the layers give for it is then not known."""
-        return bool((self.launch[part.sample[part.sample >= 0]] < 0).any())
-
-    def of(self, part: Microbatch, launch: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """(row, slot) int32 [R, L] in a scoring launch of what `part` trains on; row -1: not there. None: nothing of it is there."""
-        there = (part.sample >= 0) & (self.launch[part.sample] == launch)
-        if not there.any():
-            return None
-        row = np.where(there, self.row[part.sample], -1)
-        slot = np.where(there, self.first[part.sample] + part.rows["position_ids"], 0)
-        return row.astype(np.int32), slot.astype(np.int32)

@@ -12,8 +12,9 @@ from qtjax.config import PruneSection
 from qtjax.data.packing import Sample
 from qtjax.errors import QtjaxError
 from qtjax.training.batch import microbatches
+from qtjax.training.kept import Kept, Origins
 from qtjax.training.pruners import pruners
-from qtjax.training.reuse import Origins, carry, check_reuse
+from qtjax.training.reuse import carry, check_reuse
 from qtjax.tree import flatten
 
 REUSE = {"prune.reuse_forward": True}
@@ -70,9 +71,9 @@ def test_what_is_carried_is_what_the_layers_gave_there(opened):
     for part, outputs in zip(scored.prepared.scoring, scored.outputs, strict=True):
         for r, t in np.argwhere(part.sample >= 0).tolist():
             given[part.sample[r, t], part.rows["position_ids"][r, t]] = np.asarray(outputs)[:, r, t]
-    origins, seen = Origins(scored.prepared.scoring, loop.samples), 0
+    kept, seen = Kept(loop.programs, loop.mesh, scored.prepared.scoring, scored.outputs, loop.samples), 0
     for part in chosen.parts:
-        carried = np.asarray(loop._carried(part, scored.outputs, origins))
+        carried = np.asarray(kept.of(part))
         for r, t in np.argwhere(part.sample >= 0).tolist():
             np.testing.assert_array_equal(carried[:, r, t], given[part.sample[r, t], part.rows["position_ids"][r, t]])
             seen += 1
