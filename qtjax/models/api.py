@@ -11,7 +11,7 @@ from jax import Array
 
 from qtjax.models.config import ModelConfig
 from qtjax.models.decoder import Decoder
-from qtjax.models.passes import Row, states, with_known
+from qtjax.models.passes import row_of, segments, states, with_known
 from qtjax.models.ratings import check_rater
 from qtjax.models.virtual import check_task_ids
 from qtjax.models.quantized import abstract_quantized, is_quantized_path, quantize_layers
@@ -83,12 +83,6 @@ def logical_axes(config: ModelConfig) -> Tree:
     return unflatten(match_rules(paths, rules))
 
 
-def segments(input_ids: Array, attention_mask: Array | None, segment_ids: Array | None) -> Array:
-    """int32 [B, L]: the segment of every slot, 0 where nothing real stands."""
-    own = jnp.ones(input_ids.shape, jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
-    return own if attention_mask is None else jnp.where(attention_mask != 0, own, 0)
-
-
 def hidden_states(
     config: ModelConfig,
     params: Tree,
@@ -118,9 +112,7 @@ def hidden_states(
       QtjaxError for task_ids that do not fit the overlay, and for outputs of other shape or dtype, with rng, virtual tokens or
       an overlay of two passes; where task_ids are traced, the states of unknown tasks are NaN.
     """
-    segment = segments(input_ids, attention_mask, segment_ids)
-    task_ids = None if task_ids is None else jnp.asarray(task_ids)
-    row = Row(input_ids, position_ids, segment, segment_ids, task_ids, outputs=outputs)
+    row = row_of(input_ids, attention_mask, position_ids, segment_ids, task_ids)._replace(outputs=outputs)
     if outputs is not None:
         config = with_known(config, row, rng)
     return states(config, params, row, overlay, rng)[0]
@@ -140,10 +132,8 @@ def kept_hidden_states(
 
     Returns: hidden [B, L, D]; outputs [N, B, L, D] in config.dtype, of slots that hold nothing real too.
     """
-    segment = segments(input_ids, attention_mask, segment_ids)
-    task_ids = None if task_ids is None else jnp.asarray(task_ids)
-    row = Row(input_ids, position_ids, segment, segment_ids, task_ids, keep=True)
-    return states(config, params, row, overlay)
+    row = row_of(input_ids, attention_mask, position_ids, segment_ids, task_ids)
+    return states(config, params, row._replace(keep=True), overlay)
 
 
 def rated_hidden_states(
@@ -183,10 +173,8 @@ def rated_hidden_states(
     """
     targets = jnp.asarray(targets)
     check_rater(rater, targets, input_ids.shape)
-    segment = segments(input_ids, attention_mask, segment_ids)
-    task_ids = None if task_ids is None else jnp.asarray(task_ids)
-    row = Row(input_ids, position_ids, segment, segment_ids, task_ids, targets & (segment != 0), rater)
-    return states(config, params, row, overlay)
+    row = row_of(input_ids, attention_mask, position_ids, segment_ids, task_ids)
+    return states(config, params, row._replace(targets=targets & (row.segment != 0), rater=rater), overlay)
 
 
 def readout(

@@ -39,6 +39,20 @@ class Row(NamedTuple):
         return plan(self.rater, config.num_hidden_layers, targets, segment)
 
 
+def segments(input_ids: Array, attention_mask: Array | None, segment_ids: Array | None) -> Array:
+    """int32 [B, L]: the segment of every slot, 0 where nothing real stands."""
+    own = jnp.ones(input_ids.shape, jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
+    return own if attention_mask is None else jnp.where(attention_mask != 0, own, 0)
+
+
+def row_of(
+    input_ids: Array, attention_mask: Array | None, position_ids: Array | None, segment_ids: Array | None, task_ids: Array | None
+) -> Row:
+    """Rows as they are given, nobody rated and nothing known."""
+    segment = segments(input_ids, attention_mask, segment_ids)
+    return Row(input_ids, position_ids, segment, segment_ids, None if task_ids is None else jnp.asarray(task_ids))
+
+
 def states(
     config: ModelConfig, params: Tree, row: Row, overlay: Any, rng: Array | None = None
 ) -> tuple[Array, Array | None]:
