@@ -43,7 +43,7 @@ def join_processes(coordinator: str, processes: int, process: int) -> None:
         given = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
     try:
         jax.distributed.initialize(**given, initialization_timeout=JOINING, heartbeat_timeout_seconds=HEARTBEAT)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         remedy = (
             "start it under SLURM, a TPU pod or MPI, or give HOST:PORT" if coordinator == "auto" else "is process 0 started, and its port free and reachable?"
