@@ -29,8 +29,8 @@ from qtjax.tree import Tree, flatten
 @dataclass(frozen=True)
 class Need:
     """Bytes on each device while a program runs. arguments: what it is given; temporaries: its own, and results that take nobody's
-    place; beside: what lies there meanwhile. total: all of it. moved: its collectives, None where the compiler cannot print it, or
-    refused it for its memory."""
+    place; beside: what lies there meanwhile. total: all of it. moved: its collectives, None where they were not read, cannot be, or the
+    compiler refused it for its memory."""
 
     arguments: int
     temporaries: int
@@ -93,12 +93,18 @@ def _itemsize(dtype: Any) -> float:
     return 0.5 if "int4" in str(dtype) else np.dtype(dtype).itemsize
 
 
-def need_of(job: Callable[[], Any], mesh: Mesh, given: int, beside: int) -> Need:
-    """Compiles one job, a call under the mesh. Args: given, beside: bytes on each device that it is given, and not given."""
+# Of what a SparseCore of v5p or v6e would gather and scatter, libtpu writes what JAX cannot read (jaxlib 0.10.2: "async-update
+# instruction should have 1 operands but sees 4"). Which core of a chip does it moves nothing between chips.
+_READABLE = {"xla_tpu_enable_offloading_scatter_to_sparsecore": "false", "xla_tpu_offload_gather_to_sparsecore": "false"}
+
+
+def need_of(job: Callable[..., Any], mesh: Mesh, given: int, beside: int, *, read: bool = True) -> Need:
+    """Compiles one job of `training.programs.program_jobs`, and again where the first program can be weighed but not read.
+
+    Args: given, beside: bytes on each device that it is given, and not given; read: look for what moves.
+    """
     try:
-        with jax.set_mesh(mesh), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # programs without a device are not kept
-            compiled = job()
+        compiled = _compile(job, mesh)
     except jax.errors.JaxRuntimeError as error:
         missing = shortage(str(error))
         if missing is None or missing.kind != "program":
@@ -106,12 +112,25 @@ def need_of(job: Callable[[], Any], mesh: Mesh, given: int, beside: int) -> Need
         return Need(min(given, missing.needed), max(missing.needed - given, 0), beside, None, refused=True)
     memory = compiled.memory_analysis()
     extra = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
+    moved = _moved(lambda: compiled, mesh) if read else None
+    if read and moved is None and mesh.devices.flat[0].platform == "tpu":
+        moved = _moved(lambda: _compile(job, mesh, _READABLE), mesh)
+    return Need(memory.argument_size_in_bytes, memory.temp_size_in_bytes + extra, beside, moved)
+
+
+def _compile(job: Callable[..., Any], mesh: Mesh, options: dict[str, str] | None = None) -> Any:
+    with jax.set_mesh(mesh), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # programs without a device are not kept
+        return job(options)
+
+
+def _moved(compile_it: Callable[[], Any], mesh: Mesh) -> list[Collective] | None:
+    """None where there is no program, or none that can be read."""
     try:
         with _silent():
-            moved = collectives(compiled.as_text(), mesh.size)
-    except jax.errors.JaxRuntimeError:  # some compilers cannot print what they made
-        moved = None
-    return Need(memory.argument_size_in_bytes, memory.temp_size_in_bytes + extra, beside, moved)
+            return collectives(compile_it().as_text(), mesh.size)
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -156,7 +175,8 @@ class Weighed:
 def weigh(config: Config, shape: ModelConfig, devices: Sequence[Any], enough: float = math.inf) -> Weighed:
     """Compiles the run's programs, the largest launch of each, one after the other.
 
-    Args: shape: the model's; enough: bytes of a device; of programs that follow one which needs more, none is compiled.
+    Args: shape: the model's; enough: bytes of a device, where nothing else is asked: of programs that follow one which needs more, none
+    is compiled, and none is read.
     """
     mesh = make_mesh(config.mesh, list(devices))
     run = abstract_run(config, shape, mesh)
@@ -181,7 +201,7 @@ def weigh(config: Config, shape: ModelConfig, devices: Sequence[Any], enough: fl
     ):
         if job not in jobs:
             continue
-        needs[name] = need_of(jobs[job], mesh, given, beside)
+        needs[name] = need_of(jobs[job], mesh, given, beside, read=enough == math.inf)
         if needs[name].total > enough:
             break
     order = ("scoring", "training", "backward", "update")

@@ -81,8 +81,9 @@ def program_jobs(
     row_length: int,
     samples: int,
     max_length: int,
-) -> dict[str, Callable[[], Any]]:
-    """{name: a call that compiles it, under `jax.set_mesh(mesh)`} of what `Programs` holds, "accumulate 8" by microbatch rows.
+) -> dict[str, Callable[..., Any]]:
+    """{name: a call that compiles it, under `jax.set_mesh(mesh)`, with compiler options if it is given any} of what `Programs` holds,
+    "accumulate 8" by microbatch rows.
 
     Args: state, frozen: arrays, or jax.ShapeDtypeStruct with shardings, for devices that need not be here.
     """
@@ -96,17 +97,17 @@ def program_jobs(
     gradients = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), trainable)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
     key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere) if _draws(subject) else None
-    jobs: dict[str, Callable[[], Any]] = {}
+    jobs: dict[str, Callable[..., Any]] = {}
     needs = pruners(prune)
     scoring = subject
     if prune.score_dtype not in ("", "int8"):
         scoring = replace(subject, config=_in_dtype(subject.config, prune.score_dtype, mesh))
 
     def job(name: str, function: Callable, *arguments: Shapes, **options: Any) -> None:
-        def compiled() -> Any:
+        def compiled(compiler_options: dict[str, str] | None = None) -> Any:
             with _TRACING:
                 lowered = jax.jit(function, **options).lower(*arguments)
-            return lowered.compile()
+            return lowered.compile(compiler_options)
 
         jobs[name] = compiled
 
