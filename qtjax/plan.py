@@ -148,7 +148,7 @@ def assumptions(parts: Sequence[Any], chip: Any, smallest: int, batch: int) -> l
     unknown = any(part.links is None for part in parts)
     lines = [
         f"An estimate: {REACHED:.0%} of the published {chip.peak:g} TFLOP/s, {chip.bandwidth:g} GB/s of memory, links of {chip.links:g} GB/s;"
-        " from all at once to one after the other." + (" What moves is not in it: this compiler does not print its programs." if unknown else "")
+        " from all at once to one after the other." + (" What moves is not in it: of a program it could not be read." if unknown else "")
     ]
     training = next(part for part in parts if part.name == "training")
     if training.tokens < 0.8 * smallest:

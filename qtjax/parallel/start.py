@@ -21,8 +21,8 @@ def join_processes(coordinator: str, processes: int, process: int) -> None:
     """Call it before anything touches a device; "" is a run of one process and does nothing.
 
     Args:
-      coordinator: "auto" asks SLURM, the TPU pod, Kubernetes or Open MPI, whichever started this process; otherwise HOST:PORT of
-        process 0, a free port there that the others can reach.
+      coordinator: "auto" asks SLURM, Open MPI or the TPU pod, whichever started this process; otherwise HOST:PORT of process 0, a free
+        port there that the others can reach.
       processes, process: how many, and which of them this is (0, 1, ...); given with HOST:PORT only.
     Raises QtjaxError for what contradicts itself, where "auto" finds nothing, and when the others do not come.
     """
@@ -43,11 +43,17 @@ def join_processes(coordinator: str, processes: int, process: int) -> None:
         given = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
     try:
         jax.distributed.initialize(**given, initialization_timeout=JOINING, heartbeat_timeout_seconds=HEARTBEAT)
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        remedy = (
-            "start it under SLURM, a TPU pod or MPI, or give HOST:PORT" if coordinator == "auto" else "is process 0 started, and its port free and reachable?"
-        )
+    except Exception as error:  # noqa: BLE001 - also what the network says, and what JAX asks a launcher with
+        kind = "" if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: "
+        reason = kind + " ".join(str(error).split())[:200]
+        if isinstance(error, ImportError):
+            remedy = "JAX asks a TPU VM's metadata with requests; pip install -e '.[tpu]'"
+        elif isinstance(error, OSError):
+            remedy = "JAX asks a TPU VM's metadata server, which must answer"
+        elif coordinator == "auto":
+            remedy = "start it with SLURM or MPI or on a TPU pod, or give HOST:PORT"
+        else:
+            remedy = "is process 0 started, and its port free and reachable?"
         raise QtjaxError(f"--coordinator {coordinator}: {reason}; {remedy}") from None
 
 

@@ -48,7 +48,7 @@ def attempts(config: Config, shape: ModelConfig, devices: Sequence[Any], chip: C
         held = _held(tried, shape, devices)
         if held is None or held.total > most * GIB:
             continue
-        attempt = against(weigh(tried, shape, devices, enough=most * GIB).worst, as_flags(changes))
+        attempt = against(weigh(tried, shape, devices, enough=most * GIB, read=False).worst, as_flags(changes))
         yield attempt
         if attempt.free >= 0:
             return

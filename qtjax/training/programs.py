@@ -82,8 +82,9 @@ def program_jobs(
     samples: int,
     max_length: int,
 ) -> dict[str, Callable[..., Any]]:
-    """{name: a call that compiles it, under `jax.set_mesh(mesh)`, with compiler options if it is given any} of what `Programs` holds,
-    "accumulate 8" by microbatch rows.
+    """{name: a call that compiles it, under `jax.set_mesh(mesh)`} of what `Programs` holds, "accumulate 8" by microbatch rows.
+
+    A call may be given compiler options, {name: value}.
 
     Args: state, frozen: arrays, or jax.ShapeDtypeStruct with shardings, for devices that need not be here.
     """

@@ -35,6 +35,7 @@ def tiny(topology="v5e:2x4", **changes):
 
 
 def moved(need):
+    assert need.moved is not None, "unreadable"
     return {each.kind: each.bytes for each in need.moved}
 
 
@@ -66,7 +67,7 @@ def test_full_fine_tuning_of_a_tiny_model_by_hand():
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x2", "v6e:2x4"])
 def test_every_generation_compiles(topology):
     """Eight devices of the others hold, are given and gather what eight v5e are. v4 and v5p reduce the layers' gradients whole, twice as
-    much as is scattered; what SparseCores of v5p and v6e would do is read without them."""
+    much as is scattered. The programs of v5p and v6e are read from their second compilation."""
     _, weighed = tiny(topology, **{"mesh.fsdp": 8})
     layers, table, norms, ids = 5 * (512 * (2 * 512 + 2 * 256) + 3 * 512 * 1024), 2048 * 512, 11 * 512, 8 * 128
     weights = 4 * ((layers + table) / 8 + norms)
@@ -134,8 +135,8 @@ def test_lora_of_llama_3_8b_on_64_v5p(monkeypatch):
     assert scoring[2] == training[2] == pytest.approx(2 * adapter / GIB, abs=0.01)
     embedding = 128256 * 4096
     gathered = 2 * 2 * 63 / 64 * (base - embedding + cut) + 2 * 63 / 64 * 4 * 64 * 2048  # in bfloat16; and the rows' input_ids
-    assert float(re.search(r"scoring moves GiB: ([\d.]+) by 130 all-reduce", text)[1]) == pytest.approx(gathered / GIB, abs=0.01)
-    again = 2 * 2 * 63 / 64 * (base - 2 * embedding + cut)  # layers are gathered once more to go back, where their adapters' gradients are reduced
+    assert float(re.search(r"scoring moves GiB: ([\d.]+) by \d+ all-reduce", text)[1]) == pytest.approx(gathered / GIB, abs=0.01)
+    again = 2 * 2 * 63 / 64 * (base - 2 * embedding + cut)  # the layers, to go back; the adapter's gradients lie within the tolerance
     assert float(re.search(r"training moves GiB: ([\d.]+) by \d+ all-reduce", text)[1]) == pytest.approx((gathered + again) / GIB, rel=0.005)
     assert "fits: 9" in text and "shape as published" in text
     assert max(map(len, text.splitlines())) <= 80
