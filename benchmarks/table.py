@@ -191,18 +191,18 @@ def run_one(config: Config, choice: Sequence[str] = (), form: str = "auto") -> d
 def evaluated(config: Config, session: Session, choice: Sequence[str], form: str) -> dict[str, Any]:
     """loss (nats a token), exact_match, ended (fractions 0-1), None where not asked for; tasks {name: accuracy} by exact match,
     "FILE (choice)" by the likeliest choice (acc_norm)."""
-    params, overlay = session.model.subject.join(session.loop.state.trainable, session.loop.frozen)
+    params, overlay = session.subject.join(session.loop.state.trainable, session.loop.frozen)
     given = {"overlay": overlay, "mesh": session.mesh, "progress": False}
     out: dict[str, Any] = {"loss": None, "exact_match": None, "ended": None, "tasks": {}}
     if session.held_out is not None:
-        found = evals.evaluate(config, session.model.config, params, session.tokenizer, session.held_out, **given)
+        found = evals.evaluate(config, session.subject.config, params, session.tokenizer, session.held_out, **given)
         out["loss"] = found["loss"].loss
         if exact := found.get("exact_match"):
             out |= {"exact_match": exact.accuracy, "ended": exact.ended, "tasks": {t: a for t, (a, _) in exact.by_task.items()}}
     for file in choice:
         asked = override(config, {"data.eval_path": file})
-        questions = evals.load_held_out(asked, session.model.config, session.tokenizer, ("choice",), choice_form=form)
-        found = evals.evaluate(asked, session.model.config, params, session.tokenizer, questions, **given)
+        questions = evals.load_held_out(asked, session.subject.config, session.tokenizer, ("choice",), choice_form=form)
+        found = evals.evaluate(asked, session.subject.config, params, session.tokenizer, questions, **given)
         out["tasks"][f"{Path(file).stem} (choice)"] = found["choice"].acc_norm
     return out
 

@@ -2,7 +2,7 @@
 was begun (prune.score_lag) what it began with.
 
 Orbax writes into a temporary folder and renames it, so a checkpoint is whole or absent. A folder that looks like a
-checkpoint and cannot be read (truncated file, empty folder) is skipped in favour of the one before it, and said.
+checkpoint and cannot be read (truncated file, empty folder) is skipped in favour of the one before it, said, and set aside.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from qtjax.atomic import disk_errors
 from qtjax.errors import QtjaxError
 
 # Orbax narrates every save, and prints each failure four times with a traceback; failures reach us as exceptions.
@@ -23,13 +24,14 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Restored(NamedTuple):
-    """step: optimizer steps done; state: the tree asked for; meta: the JSON saved with it; skipped: unreadable steps;
-    pending: the tree that was asked for beside the state, None if none was."""
+    """step: optimizer steps done; state: the tree asked for; meta: the JSON saved with it; skipped: unreadable steps; reason: what
+    the last of them said; pending: the tree that was asked for beside the state, None if none was."""
 
     step: int
     state: Any
     meta: dict[str, Any]
     skipped: list[int]
+    reason: str = ""
     pending: Any = None
 
 
@@ -109,7 +111,7 @@ class RunState:
             host, whole on every process; its structure and shapes must match.
           part: the checkpoint may hold more than `target`, which is then neither read nor given memory.
           pending: such a tree for what was saved beside the state of a step, None where nothing is wanted.
-        Raises QtjaxError when there are checkpoints and none can be read.
+        Raises QtjaxError when there are checkpoints and none can be read, and what a device says whose memory does not suffice.
         """
         manager = self._sound()
         steps = sorted(manager.all_steps(), reverse=True)
@@ -124,13 +126,16 @@ class RunState:
                 found = manager.restore(step, args=ocp.args.Composite(**items))
                 _check_whole(found.state)
             except Exception as error:  # noqa: BLE001 - a damaged file raises whatever its reader raises
+                if "RESOURCE_EXHAUSTED" in str(error):
+                    raise
                 reason = " ".join(str(error).split())[:160]
                 skipped.append(step)
                 continue
             if found.meta is None or found.state is None:
+                reason = "it has no state" if found.state is None else "it has no meta"
                 skipped.append(step)
                 continue
-            return Restored(step, found.state, found.meta, skipped, found.pending if beside is not None else None)
+            return Restored(step, found.state, found.meta, skipped, reason, found.pending if beside is not None else None)
         if skipped:
             raise QtjaxError(
                 f"{self.folder}: none of the checkpoints of steps {', '.join(map(str, sorted(skipped)))} can be read"
@@ -139,12 +144,15 @@ class RunState:
         return None
 
     def forget(self, steps: list[int]) -> None:
-        """Removes unreadable checkpoints, so that their steps can be saved again; only the run itself may."""
+        """Sets unreadable checkpoints aside, as "<step>.unreadable", so that their steps can be saved again; only the run itself may."""
         if not steps:
             return
         self._let_go()
         for step in steps if jax.process_index() == 0 else []:
-            shutil.rmtree(self.folder / str(step), ignore_errors=True)
+            aside = self.folder / f"{step}.unreadable"
+            shutil.rmtree(aside, ignore_errors=True)
+            with disk_errors(aside):
+                (self.folder / str(step)).rename(aside)
         self._manager = self._open()
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """The device mesh (data, fsdp, tensor) and how trees lie on it."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,11 +29,14 @@ _RULES: dict[str | None, str | None] = {
 
 
 def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
-    """Mesh with axes (data, fsdp, tensor) over all devices; data = -1 takes what remains.
+    """Mesh with axes (data, fsdp, tensor) over all devices, those of a process side by side; data = -1 takes what remains.
 
-    Raises QtjaxError when the product is not the number of devices, naming the axis and what it could be.
+    Args: devices: of a machine that is not here; None: all that this run has.
+    Raises QtjaxError when the product is not the number of devices, naming the axis and what it could be, and when a row would lie on
+    devices of several processes, each of which reads rows of its own.
     """
-    devices = jax.devices() if devices is None else devices
+    here = devices is None
+    devices = by_process(jax.devices() if here else devices)
     left = len(devices)
     for axis in ("tensor", "fsdp"):
         ways = getattr(section, axis)
@@ -41,12 +45,29 @@ def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
             fitting = ", ".join(str(w) for w in range(1, left + 1) if left % w == 0)
             raise QtjaxError(f"mesh.{axis} = {ways}: does not divide {whose}; values that do: {fitting}")
         left //= ways
+    own = of_one_process(devices)
+    if here and own % section.tensor:
+        raise QtjaxError(
+            f"mesh.tensor = {section.tensor}: does not divide the {own} device{'s' * (own > 1)} of each process, which reads whole rows; values"
+            f" that do: {', '.join(str(w) for w in range(1, own + 1) if own % w == 0)}"
+        )
     if section.data not in (-1, left):
         raise QtjaxError(
             f"mesh.data = {section.data}: {len(devices)} devices with mesh.fsdp = {section.fsdp} and mesh.tensor = {section.tensor} leave {left};"
             " set it to that, or to -1 for whatever is left"
         )
     return Mesh(np.asarray(devices).reshape(left, section.fsdp, section.tensor), AXES)
+
+
+def by_process(devices: Sequence[Any]) -> list[Any]:
+    """Devices in the order of their processes: rows that a process reads are those that its devices hold, one after the other. TPUs
+    are numbered by their place in the pod, where a host's chips are not one after the other."""
+    return sorted(devices, key=lambda device: (device.process_index, device.id))
+
+
+def of_one_process(devices: Sequence[Any]) -> int:
+    """How many devices a process has."""
+    return sum(device.process_index == devices[0].process_index for device in devices)
 
 
 def batch_size(mesh: Mesh) -> int:
@@ -97,6 +118,12 @@ def rows_on_device(mesh: Mesh, arrays: dict[str, np.ndarray]) -> dict[str, jax.A
     """This process's rows as global arrays sharded over (data, fsdp); the rows of all processes together are the batch."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()}
+
+
+def everywhere(mesh: Mesh, value: np.ndarray) -> jax.Array:
+    """A whole copy on every device of what all processes have alike; unlike `device_put` it waits for nobody to compare."""
+    value = np.asarray(value)
+    return jax.make_array_from_callback(value.shape, replicated(mesh), lambda index: value[index])
 
 
 def round_up(count: int, multiple: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from qtjax.config import Config, override
 from qtjax.errors import QtjaxError
 from qtjax.models import ModelConfig
-from qtjax.parallel import make_mesh
+from qtjax.parallel import make_mesh, of_one_process
 from qtjax.planning.chips import Chip
 from qtjax.planning.need import Held, Weighed, abstract_run, held_by, weigh
 from qtjax.training.memory import GIB, as_flags, smaller
@@ -43,7 +43,7 @@ def attempts(config: Config, shape: ModelConfig, devices: Sequence[Any], chip: C
     if first.share:
         yield first
         return
-    for changes in _ladder(config, shape, len(devices)):
+    for changes in _ladder(config, shape, len(devices), of_one_process(devices)):
         tried = override(config, changes)
         held = _held(tried, shape, devices)
         if held is None or held.total > most * GIB:
@@ -54,11 +54,14 @@ def attempts(config: Config, shape: ModelConfig, devices: Sequence[Any], chip: C
             return
 
 
-def _ladder(config: Config, shape: ModelConfig, devices: int) -> list[dict[str, Any]]:
-    """Sets of changes, each with those before it; last, devices that share a row where there is nothing else to share."""
+def _ladder(config: Config, shape: ModelConfig, devices: int, own: int) -> list[dict[str, Any]]:
+    """Sets of changes, each with those before it; last, devices that share a row where there is nothing else to share.
+
+    Args: own: devices of a process, which reads whole rows.
+    """
     steps = smaller(config, devices, shape.hidden_size)
     sets = [{name: value for each in steps[: i + 1] for name, value in each.items()} for i in range(len(steps))]
-    wider = _tensor(shape, devices)
+    wider = _tensor(shape, devices, own)
     if wider > config.mesh.tensor:
         ways = devices // wider
         own = {"mesh.fsdp": ways, "mesh.tensor": wider} | ({} if config.mesh.data == -1 else {"mesh.data": -1})
@@ -66,9 +69,9 @@ def _ladder(config: Config, shape: ModelConfig, devices: int) -> list[dict[str, 
     return sets if len(sets) <= COMPILED else [*sets[: COMPILED - 1], sets[-1]]
 
 
-def _tensor(shape: ModelConfig, devices: int) -> int:
+def _tensor(shape: ModelConfig, devices: int, own: int) -> int:
     """The widest tensor axis, at most 8, that leaves heads whole."""
-    sizes = (shape.num_key_value_heads, shape.intermediate_size, shape.vocab_size, devices)
+    sizes = (shape.num_key_value_heads, shape.intermediate_size, shape.vocab_size, own)
     return max((ways for ways in (1, 2, 4, 8) if not any(size % ways for size in sizes) and shape.hidden_size % (devices // ways) == 0), default=1)
 
 

@@ -57,13 +57,14 @@ _SHARE, SHARE_VARIABLE = 0.75, "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 def gpu_share() -> float:
     """Fraction (0-1] of a GPU's memory that a run started with these environment variables would take."""
-    text = os.environ.get(SHARE_VARIABLE) or os.environ.get("XLA_CLIENT_MEM_FRACTION") or str(_SHARE)
+    name = next((each for each in (SHARE_VARIABLE, "XLA_CLIENT_MEM_FRACTION") if os.environ.get(each)), "")
+    text = os.environ.get(name, str(_SHARE))
     try:
         share = float(text)
     except ValueError:
         share = 0.0
     if not 0 < share <= 1:
-        raise QtjaxError(f"{SHARE_VARIABLE} = {text!r}: must be a fraction above 0 and at most 1, for example 0.92")
+        raise QtjaxError(f"{name} = {text!r}: must be a fraction above 0 and at most 1, for example 0.92")
     return share
 
 

@@ -9,6 +9,7 @@ from qtjax.config import Config, PruneSection
 from qtjax.models import ModelConfig
 from qtjax.planning.chips import Chip
 from qtjax.planning.need import Need
+from qtjax.pruning.budget import budget_table
 from qtjax.training.ladder import cut
 from qtjax.training.pruners import pruners
 
@@ -89,7 +90,7 @@ def kept_samples(prune: PruneSection) -> float:
     """Fraction (0-1] of a scoring batch that is trained on; InfoBatch drops its fraction of those below the mean, about half."""
     if prune.sample_pruner == "infobatch":
         return 1 - prune.infobatch_fraction / 2
-    return 1.0 if prune.sample_pruner == "none" else prune.sample_keep
+    return 1.0 if prune.sample_pruner == "none" else int(budget_table(prune.sample_keep, prune.batch_size)[-1]) / prune.batch_size
 
 
 def step_parts(

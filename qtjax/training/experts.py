@@ -14,8 +14,8 @@ from qtjax.training.setup import expert_folders, own_settings
 
 
 def missing_experts(config: Config) -> list[Path]:
-    """The run's own experts that are not trained yet; [] for an overlay that is not made of other adapters."""
-    if config.overlay.method == "none" or not method_named(config.overlay.method).in_parts:
+    """The run's own experts that are not trained yet; [] for an overlay that is not made of other adapters, or was made before."""
+    if config.overlay.method == "none" or config.overlay.path or not method_named(config.overlay.method).in_parts:
         return []
     inside = Path(config.run.folder)
     return [Path(p) for p in expert_folders(config) if Path(p).is_relative_to(inside) and not is_adapter_folder(p)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from qtjax.parallel import replicated
+from qtjax.parallel import agree_sums, everywhere
 from qtjax.training.batch import whole_samples
 from qtjax.training.loop import Loop
 
@@ -31,8 +31,8 @@ def time_full_data(loop: Loop, steps: int, total: int) -> FullData:
         begin = time.perf_counter()
         parts = loop.pack(whole_samples(prepared.batch))
         gradients, _ = loop.gradients(parts, step)
-        targets = jax.device_put(np.float32(max(prepared.batch.targets.sum(), 1)), replicated(loop.mesh))
-        loop.state, _ = loop.programs.update(loop.state, gradients, targets)
+        targets = agree_sums({"targets": int(prepared.batch.targets.sum())})["targets"]
+        loop.state, _ = loop.programs.update(loop.state, gradients, everywhere(loop.mesh, np.float32(max(targets, 1))))
         jax.block_until_ready(loop.state.trainable)
         measured.append(time.perf_counter() - begin)
     return FullData(len(measured), total, float(np.median(measured)) * total)

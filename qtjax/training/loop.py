@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from qtjax.config import Config
 from qtjax.data.dataset import TokenizedDataset
 from qtjax.data.iterate import BatchPlan
-from qtjax.parallel import agree_sums, all_rows, local_rows, replicated, rows_on_device
+from qtjax.parallel import agree_sums, all_rows, everywhere, local_rows, rows_on_device
 from qtjax.training.batch import Microbatch, Prepared, ScoringBatch, microbatches, read_batch, survivors, whole_samples
 from qtjax.training.clock import CLOCKS, Clock
 from qtjax.training.counts import choices, count
@@ -158,10 +158,7 @@ class Loop:
             self.epochs.at(step)  # plans where an epoch begins, in a warm-up too
         if not self.pruners.decides or step < self.warmup:
             return Scored(prepared, (), None)
-        if self.pruners.early and self._passes(step):  # only what is kept need be scored
-            keep = np.asarray(self.programs.choose(*self._given(prepared.batch, step)))
-            own = keep[jax.process_index() * self.samples :][: self.samples]
-            prepared = Prepared(prepared.batch, self.pack(whole_samples(prepared.batch, own)))
+        prepared = self._chosen_early(prepared, step)
         scores: Scores = ()
         outputs: list[jax.Array] = []
         if self._passes(step):
@@ -169,6 +166,14 @@ class Loop:
         elif self.store is not None:
             scores = tuple(rows_on_device(self.mesh, self.store.read(prepared.batch)).values())
         return Scored(prepared, scores, self.decide(prepared.batch, scores, step), outputs)
+
+    def _chosen_early(self, prepared: Prepared, step: int) -> Prepared:
+        """With a sample pruner that needs no scores, the scoring pass of what it keeps only."""
+        if not (self.pruners.early and self._passes(step)):
+            return prepared
+        keep = np.asarray(self.programs.choose(*self._given(prepared.batch, step)))
+        own = keep[jax.process_index() * self.samples :][: self.samples]
+        return Prepared(prepared.batch, self.pack(whole_samples(prepared.batch, own)))
 
     def _given(self, batch: ScoringBatch, step: int) -> tuple[dict[str, jax.Array], jax.Array]:
         """What the decision of a step knows beside scores: the batch on the device, and the step's key."""
@@ -178,7 +183,7 @@ class Loop:
         if batch.reference is not None:
             rows["reference"] = batch.reference
         key = step_key(self.config.train.seed, step)
-        return rows_on_device(self.mesh, rows), jax.device_put(key, replicated(self.mesh))
+        return rows_on_device(self.mesh, rows), everywhere(self.mesh, key)
 
     def gradients(self, parts: list[Microbatch], step: int, scored: Scored | None = None) -> tuple[Tree, jax.Array]:
         """Summed gradients and loss of a step's microbatches; InfoBatch learns each sample's loss.
@@ -196,7 +201,7 @@ class Loop:
             key = None
             if self.programs.uses_rng:
                 raw = jax.random.key_data(jax.random.fold_in(jax.random.fold_in(self.key, step), i))
-                key = jax.device_put(raw, replicated(self.mesh))
+                key = everywhere(self.mesh, raw)
             rows = rows_on_device(self.mesh, part.rows)
             if kept:
                 rows["outputs"] = kept.of(part)
@@ -269,7 +274,7 @@ class Loop:
             self.state = self.programs.skip(self.state)
             return None
         gradients, loss = self.gradients(chosen.parts, step, chosen.scored)
-        divisor = jax.device_put(np.float32(chosen.divisor), replicated(self.mesh))
+        divisor = everywhere(self.mesh, np.float32(chosen.divisor))
         self.state, measured = self.programs.update(self.state, gradients, divisor)
         return loss, measured
 
@@ -319,7 +324,7 @@ class Loop:
             self.store.restore(pending.pop("store"))
         if not pending:
             return
-        prepared, clock = self._prepared(step, last), Clock()
+        prepared, clock = self._chosen_early(self._prepared(step, last), step), Clock()
         own = self.plan.batch_size // self.plan.process_count
         whole = {name: np.zeros(prepared.batch.targets.shape, np.float32) for name in self.pruners.signals}
         for name, each in whole.items():

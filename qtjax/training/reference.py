@@ -55,11 +55,12 @@ def other_model_scores(config: Config, field: str, dataset: TokenizedDataset, me
     """The data set under the model that `field` names; with a rater also its rating.
 
     All processes share the work. What they find is the first one's to write, into a file in `folder` under a name made of the
-    data's fingerprint, the model's path and its files' sizes and times; the others, and a resumed run, read it there.
+    data's fingerprint, the model's path, its files' sizes and times and the dtypes; the others, and a resumed run, read it there.
     """
     path = config.flat()[field]
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(resolve_folder(path)).iterdir()) if f.is_file()]
-    own = hashlib.sha256(f"{dataset.fingerprint} {path} {files} {rater}".encode()).hexdigest()[:16]
+    m = config.model
+    own = hashlib.sha256(f"{dataset.fingerprint} {path} {files} {rater} {m.dtype} {m.param_dtype}".encode()).hexdigest()[:16]
     shape = (3 if rater else 2, len(dataset.input_ids))
 
     def kept(name: str) -> Path:

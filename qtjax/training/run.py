@@ -37,7 +37,8 @@ from qtjax.training.pruners import pruners
 from qtjax.training.reference import check_other_model, other_model_scores
 from qtjax.training.reuse import check_reuse
 from qtjax.training.run_folder import RunFolder
-from qtjax.training.setup import Model, check_overlay, checkpoint_tree, from_checkpoint, load_model, start
+from qtjax.training.setup import check_overlay, checkpoint_tree, from_checkpoint, load_model, start
+from qtjax.training.state import Subject
 from qtjax.tree import Tree
 
 
@@ -53,7 +54,7 @@ class Session:
     mesh: Mesh
     tokenizer: Any
     dataset: TokenizedDataset
-    model: Model
+    subject: Subject
     held_out: evals.HeldOut | None
     loop: Loop
     checkpoints: RunState
@@ -102,22 +103,24 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     )
     model = load_model(config, mesh, steps)
     state, frozen, optimizer = start(config, mesh, model, steps)
+    subject = model.subject
+    del model  # its weights are the state's, and go with it
     shapes = ladder(config.train.rows, batch_size(mesh), config.train.shapes)
     loaded = time.perf_counter()
     samples = round_up(config.prune.batch_size, batch_size(mesh))
     quiet = contextlib.nullcontext(_Silent())  # without a terminal a spinner leaves blank lines
     with console.status("compiling") if console.is_terminal else quiet as status:
         programs = Programs(
-            model.subject, mesh, config.prune, config.train.loss, optimizer, state, frozen, shapes=shapes, row_length=row_length,
+            subject, mesh, config.prune, config.train.loss, optimizer, state, frozen, shapes=shapes, row_length=row_length,
             samples=samples, max_length=config.data.max_length, on_done=lambda name: status.update(f"compiling: {name} done"),
         )  # fmt: skip
     schedule = jax.jit(learning_rate_schedule(config.train, steps))
     schedule(0)  # compiled here, not in the first step
     compiled = time.perf_counter()
     console.print(
-        f"model   {config.model.path}: {model.config.num_hidden_layers} layers, width {model.config.hidden_size};"
+        f"model   {config.model.path}: {shape.num_hidden_layers} layers, width {shape.hidden_size};"
         f" rows {' or '.join(map(str, shapes))} x {row_length}; {programs.count} programs compiled in {compiled - loaded:.0f} s;"
-        f" attention: {attention_said(model.subject, mesh, shapes, row_length, needs.token.rater)}",
+        f" attention: {attention_said(subject, mesh, shapes, row_length, needs.token.rater)}",
         highlight=False, soft_wrap=True,
     )
     loop = Loop(
@@ -125,11 +128,12 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
         schedule=schedule, last=steps,
         reference=None if reference is None else reference.scores[0], stored=None if stored is None else stored.scores,
     )  # fmt: skip
+    del state  # the loop's alone: a checkpoint takes its place
     checkpoints = RunState(folder.checkpoints, config.train.keep_checkpoints)
     step = _resume(loop, steps, checkpoints, folder, dataset, console)
     others_seconds = sum(found.seconds for found in (reference, stored) if found is not None)
     seconds = {"load": loaded - begin, "compile": compiled - loaded, "other_models": others_seconds}
-    return Session(config, mesh, tokenizer, dataset, model, held_out, loop, checkpoints, step, steps, seconds)
+    return Session(config, mesh, tokenizer, dataset, subject, held_out, loop, checkpoints, step, steps, seconds)
 
 
 def _training_data(config: Config, folder: RunFolder, tokenizer: Any) -> TokenizedDataset:
@@ -152,6 +156,11 @@ def check_fit(config: Config, shape: ModelConfig) -> None:
         raise QtjaxError(
             f"data.max_length = {config.data.max_length}: the model {config.model.path!r} has"
             f" {shape.max_position_embeddings} positions (max_position_embeddings); lower it to that"
+        )
+    if config.overlay.method == "none" and config.overlay.path:
+        raise QtjaxError(
+            f"overlay.path = {config.overlay.path!r}: overlay.method = 'none' trains all parameters and puts no adapter over them; set overlay.method"
+            " to the adapter's, or merge it first (python -m qtjax.export)"
         )
     if config.overlay.method != "none":  # a mistake in the overlay's settings costs nothing yet
         overlay = check_overlay(config, shape)
@@ -194,29 +203,40 @@ def check_data(folder: Path, config: Config, dataset: TokenizedDataset, meta: Ma
 
 
 def base_fingerprint(frozen: Tree) -> str:
-    """SHA-256 over a sum of every frozen leaf: an overlay resumes only on the base it began with; "" without one."""
+    """SHA-256 over a sum of every frozen leaf's bits, the same on every mesh; "" without one. An overlay resumes only on its own base."""
     if not frozen:
         return ""
-    sums = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.sum(jnp.abs(x.astype(jnp.float32))), tree))(frozen)
-    return hashlib.sha256(np.asarray(jax.tree.leaves(sums), np.float32).tobytes()).hexdigest()
+
+    def total(x: jax.Array) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            x = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+        return jnp.sum(x.astype(jnp.uint32), dtype=jnp.uint32)  # modulo 2^32: in any order
+
+    sums = jax.jit(lambda tree: jax.tree.map(total, tree))(frozen)
+    return hashlib.sha256(np.asarray(jax.tree.leaves(sums), np.uint32).tobytes()).hexdigest()
 
 
 def _resume(
     loop: Loop, last: int, checkpoints: RunState, folder: RunFolder, dataset: TokenizedDataset, console: Console
 ) -> int:
-    found = checkpoints.restore(checkpoint_tree(loop.state), pending=lambda step: loop.pending_shape(step, last))
-    if found is None:
+    if checkpoints.latest() is None:
         folder.cut_back(0)
         return 0
+    fresh = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), loop.state)
+    loop.state = None  # two states need not have room at once
+    found = checkpoints.restore(checkpoint_tree(fresh), pending=lambda step: loop.pending_shape(step, last))
     if found.skipped:
-        console.print(f"resume  skipped unreadable checkpoints of steps {', '.join(map(str, found.skipped))}", highlight=False)
+        console.print(
+            f"resume  skipped unreadable checkpoints of steps {', '.join(map(str, found.skipped))} ({found.reason}); they are set aside as"
+            " checkpoints/STEP.unreadable", highlight=False, soft_wrap=True,
+        )  # fmt: skip
     check_data(folder.path, loop.config, dataset, found.meta)
     if found.meta["base"] != base_fingerprint(loop.frozen):
         raise QtjaxError(
             f"{folder.path}: model.path = {loop.config.model.path!r} holds other weights than when this run began; put the old"
             " ones back, or choose another run.folder"
         )
-    loop.state = from_checkpoint(loop.state, found.state)
+    loop.state = from_checkpoint(fresh, found.state)
     loop.resume(found.step, last, found.pending)
     folder.cut_back(found.step)
     checkpoints.forget(found.skipped)

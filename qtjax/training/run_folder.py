@@ -62,21 +62,16 @@ class RunFolder:
             self._samples = SampleShards(path / "eu")
 
     @classmethod
-    def open(cls, config: Config, *, fresh_ok: bool = True, writes: bool = True) -> "RunFolder":
+    def open(cls, config: Config, *, writes: bool = True) -> "RunFolder":
         """Creates `config.run.folder`, or opens it if it belongs to the same config.
 
         Args:
-          fresh_ok: False: the run must exist already.
           writes: False on all hosts but the first: nothing is locked, created or written, and the methods that write do
             nothing. The first host opens before the others do.
         Raises QtjaxError, one line: the folder belongs to another config (the differing fields are named), holds records
         without a config, is in use by another process, or cannot be written.
         """
         path = Path(config.run.folder)
-        if not fresh_ok and not (path / "config.json").exists():
-            raise QtjaxError(
-                f"run.folder = {str(path)!r}: no run there (no config.json); train first, or name another folder"
-            )
         if not writes:
             return cls(path, None, config, _check_config(path, config))
         with disk_errors(path):
@@ -88,7 +83,9 @@ class RunFolder:
             if (path / "config.json").exists() and _begun(path):
                 moved = _check_config(path, config)
             elif (path / "config.json").exists():
-                # The run before this one ended before its first step (a typo in a path, say): nothing depends on its config.
+                # The run before this one ended before its first step (a typo in a path, say): all that depends on its config is how the
+                # untrained model did.
+                (path / "base.json").unlink(missing_ok=True)
                 write_atomic(path / "config.json", configs.to_json(config))
             else:
                 found = [name for name in _RECORDS if (path / name).exists()]
@@ -249,13 +246,14 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _begun(path: Path) -> bool:
-    """Whether anything was recorded under this folder's config."""
+    """Whether anything was recorded under this folder's config, or trained for it (experts)."""
     metrics = path / "metrics.jsonl"
     saved = path / "checkpoints"
     return (
         (metrics.exists() and metrics.stat().st_size > 0)
         or (path / "summary.json").exists()
         or (saved.is_dir() and any(p.name.isdigit() for p in saved.iterdir()))
+        or any(map(_begun, (path / "experts").glob("*")))
     )
 
 

@@ -180,7 +180,7 @@ def accumulate(
 def update(
     subject: Subject, optimizer: optax.GradientTransformation, state: TrainState, gradients: Tree, targets: Array
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One optimizer step on gradients summed over the whole step and divided by its number of kept targets.
+    """One optimizer step on gradients summed over the whole step and divided by `targets`, float32 []: the sum of its kept targets' weights.
 
     An overlay's penalty joins here, once a step and not once a microbatch, and so does its rule after the step.
     """

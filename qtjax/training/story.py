@@ -70,11 +70,11 @@ def _train(config: Config, folder: RunFolder, console: Console, begin: float, qu
     base = _base_evaluation(session, folder)
     train_steps(session, folder, quiet=quiet)
     after = _evaluate(session)
-    params, overlay = session.model.subject.join(session.loop.state.trainable, session.loop.frozen)
+    params, overlay = session.subject.join(session.loop.state.trainable, session.loop.frozen)
     calibration = None
     if overlay is not None and method_named(overlay.method).posterior:
         held_out = None if session.held_out is None else session.held_out.dataset
-        overlay, calibration = calibrate(session.model.config, params, overlay, session.dataset, held_out)
+        overlay, calibration = calibrate(session.subject.config, params, overlay, session.dataset, held_out)
     if config.run.export:
         export(session, folder, params, overlay)
     steps = folder.read_metrics()
@@ -109,7 +109,7 @@ def _finish(config: Config, console: Console, quiet: bool) -> None:
 def export(session: Session, folder: RunFolder, params: Tree, overlay: Overlay | None) -> None:
     """The trained model as an HF folder, or the adapter as a PEFT folder, in <run folder>/model."""
     if overlay is None:
-        save_pretrained(folder.model, session.model.config, params, tokenizer_from=session.config.model.path)
+        save_pretrained(folder.model, session.subject.config, params, tokenizer_from=session.config.model.path)
         save_template(folder.model, session.config)
     else:
         save_adapter(folder.model, overlay, base_name(session.config.model.path))
@@ -124,9 +124,9 @@ def save_template(folder: Path, config: Config) -> None:
 def _evaluate(session: Session) -> dict[str, Any]:
     if session.held_out is None:
         return {}
-    params, overlay = session.model.subject.join(session.loop.state.trainable, session.loop.frozen)
+    params, overlay = session.subject.join(session.loop.state.trainable, session.loop.frozen)
     results = evals.evaluate(
-        session.config, session.model.config, params, session.tokenizer, session.held_out, overlay=overlay, mesh=session.mesh
+        session.config, session.subject.config, params, session.tokenizer, session.held_out, overlay=overlay, mesh=session.mesh
     )
     return {name: result.summary() for name, result in results.items()}
 
@@ -180,11 +180,13 @@ def _speed_up(session: Session, seconds: Mapping[str, float]) -> dict[str, Any] 
 
 
 def provenance(session: Session, folder: RunFolder) -> dict[str, dict[str, int]] | None:
-    """Rows seen and kept by what the data say of how each came about; None if they say nothing."""
-    rows = training_rows(session.config.data, folder.tokens)
-    if not len(rows) or "provenance" not in rows[0] or not session.loop.pruners.decides:
+    """Rows seen and kept by what the data say of how each came about; None if the first one says nothing, and where nothing is written."""
+    if not folder.writes or not session.loop.pruners.decides:
         return None
-    origin = {int(index): rows[i]["provenance"] for i, index in enumerate(rows.index)}
+    rows = training_rows(session.config.data, folder.tokens)
+    if not len(rows) or "provenance" not in rows[0]:
+        return None
+    origin = {int(index): str(rows[i].get("provenance", "unknown")) for i, index in enumerate(rows.index)}
     folder.flush()
     records = folder.read_samples()
     counts: dict[str, dict[str, int]] = {}

@@ -1,5 +1,7 @@
 """What is suggested to a run that does not fit: in which order, what is compiled for it, and what is not."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
 
@@ -36,8 +38,13 @@ def compiled(monkeypatch):
     return install
 
 
+def here(devices, own=8):
+    """So many devices, `own` of them in each process."""
+    return [SimpleNamespace(process_index=i // own, id=i) for i in range(devices)]
+
+
 def tried(config, devices=8, chip=CHIP, plan=None):
-    return [(each.flags, each.free) for each in attempts(config, SHAPE, [None] * devices, chip, plan or weighed(14))]
+    return [(each.flags, each.free) for each in attempts(config, SHAPE, here(devices), chip, plan or weighed(14))]
 
 
 def test_the_cheapest_that_fits_ends_it(compiled):
@@ -55,6 +62,13 @@ def test_never_more_than_three_are_compiled(compiled):
     ]  # fmt: skip
 
 
+def test_a_row_is_shared_inside_a_process_only(compiled):
+    """Two devices a host: two share a row, as four could."""
+    compiled(lambda config: 11)
+    *_, last = attempts(override(Config(), {"train.rows": 32}), SHAPE, here(8, own=2), CHIP, weighed(14))
+    assert last.flags == "--mesh.fsdp 4 --model.remat full --train.rows 4 --mesh.tensor 2"
+
+
 def test_what_cannot_fit_is_not_compiled(compiled):
     """What a run keeps is counted first."""
     seen = compiled(lambda config: 1, keeps=lambda config: 11)
@@ -64,12 +78,12 @@ def test_what_cannot_fit_is_not_compiled(compiled):
 def test_a_gpu_is_given_more_of_its_memory_first(compiled):
     """7.5 of 10 GiB by itself: what needs 9 fits once JAX may take 95 %, and nothing is compiled; what needs 9.8 does not, until it is cut."""
     seen, gpu = compiled(lambda config: 8), CHIP.shared(0.75)
-    [attempt] = attempts(Config(), SHAPE, [None] * 8, gpu, weighed(9))
+    [attempt] = attempts(Config(), SHAPE, here(8), gpu, weighed(9))
     assert (attempt.flags, attempt.share) == ("", True) and attempt.free == pytest.approx(0.5) and seen == []
-    [attempt] = attempts(Config(), SHAPE, [None] * 8, gpu, weighed(9.8))
+    [attempt] = attempts(Config(), SHAPE, here(8), gpu, weighed(9.8))
     assert (attempt.flags, attempt.share) == ("--mesh.fsdp 8", True) and attempt.free == pytest.approx(1.5)
     compiled(lambda config: 7)
-    [attempt] = attempts(Config(), SHAPE, [None] * 8, gpu, weighed(9.8))
+    [attempt] = attempts(Config(), SHAPE, here(8), gpu, weighed(9.8))
     assert (attempt.flags, attempt.share, attempt.free) == ("--mesh.fsdp 8", False, 0.5)
 
 

@@ -45,6 +45,10 @@ def test_the_share_of_the_memory_is_what_the_run_would_be_told(monkeypatch, text
             gpu_share()
     else:
         assert gpu_share() == share
+    monkeypatch.delenv(SHARE_VARIABLE, raising=False)
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "two thirds")  # its other name
+    with pytest.raises(QtjaxError, match="^XLA_CLIENT_MEM_FRACTION = 'two thirds'"):
+        gpu_share()
 
 
 @needs_plugin

@@ -83,3 +83,11 @@ def test_which_samples_are_scored_and_trained_on(changes, samples):
     config = override(Config(), {"prune.batch_size": 128, "prune.sample_keep": 0.25} | changes)
     parts = {part.name: part.tokens / 100 for part in step_parts(config, LLAMA3, Chip(1, 1, 1, 1), 1, {}, (1,), 100, 100, 0)}
     assert (parts.get("scoring", 0), parts["training"]) == samples
+
+
+@pytest.mark.parametrize(("batch", "kept"), [(1, 1), (3, 1), (9, 2), (128, 32)])
+def test_a_batch_keeps_whole_samples(batch, kept):
+    """max(1, floor(0.25 x samples)), as the run does."""
+    config = override(Config(), {"prune.batch_size": batch, "prune.sample_keep": 0.25})
+    [tokens] = [part.tokens for part in step_parts(config, LLAMA3, Chip(1, 1, 1, 1), 1, {}, (1,), 100, 10, 0) if part.name == "training"]
+    assert tokens == pytest.approx(10 * kept)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qtjax.checkpoints import load_pretrained, save_pretrained
-from qtjax.config import PruneSection
+from qtjax.config import PruneSection, override
 from qtjax.errors import QtjaxError
 from qtjax.evals.decisions import as_it_is, check_offline, left_out
 from qtjax.training import reference
@@ -85,10 +85,14 @@ def test_another_model_scores_once_and_no_step_scores_again(opened, tiny_model, 
     np.testing.assert_array_equal(signals_of(loop, 1)[1], before)
     assert not loop.programs.score and len(list((opened.root / "other").glob("score_model-*.npy"))) == 1
     assert session.seconds["other_models"] > 0
-    monkeypatch.setattr(reference, "load_pretrained", None)  # read back, not scored again
-    kept = reference.other_model_scores(loop.config, "prune.score_model", loop.dataset, loop.mesh, opened.root / "other")
+    with monkeypatch.context() as gone:
+        gone.setattr(reference, "load_pretrained", None)  # read back, not scored again
+        kept = reference.other_model_scores(loop.config, "prune.score_model", loop.dataset, loop.mesh, opened.root / "other")
     np.testing.assert_array_equal(kept.scores, loop.store.scores)
     assert kept.seconds == session.seconds["other_models"]
+    coarse = override(loop.config, {"model.dtype": "bfloat16"})  # computed anew, beside it
+    other = reference.other_model_scores(coarse, "prune.score_model", loop.dataset, loop.mesh, opened.root / "other")
+    assert len(list((opened.root / "other").glob("score_model-*.npy"))) == 2 and not np.array_equal(other.scores, kept.scores)
 
 
 def test_the_scores_are_the_other_model_s(opened, tiny_model, tmp_path):
@@ -120,7 +124,7 @@ def test_the_scoring_pass_has_its_own_dtype(opened):
     (_, expected), (_, found) = (signals_of(session.loop, 0) for session in (exact, coarse))
     batch = exact.loop.prepare(0).batch
     assert 0 < np.abs(found - expected)[batch.targets].max() < 0.1  # 8 bits of mantissa over two layers
-    config = dataclasses.replace(exact.model.config, dtype="bfloat16")
+    config = dataclasses.replace(exact.subject.config, dtype="bfloat16")
     i = int(np.argmax(batch.lengths))
     rows = {"input_ids": batch.input_ids[i : i + 1], "loss_mask": batch.targets[i : i + 1],
             "attention_mask": np.arange(batch.input_ids.shape[1])[None] < batch.lengths[i]}  # fmt: skip

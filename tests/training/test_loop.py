@@ -45,7 +45,7 @@ def test_packed_and_accumulated_gradients_are_those_of_one_plain_batch(opened):
     prepared = loop.prepare(0)
     weights = prepared.batch.targets.astype(np.float32)
     expected, gradient = jax.value_and_grad(
-        lambda p: naive_loss_sum(session.model.config, p, prepared.batch, weights)
+        lambda p: naive_loss_sum(session.subject.config, p, prepared.batch, weights)
     )(loop.state.trainable)
     parts = loop.pack(whole_samples(prepared.batch))
     assert len(parts) > 1 and any((p.rows["segment_ids"] > 1).any() for p in parts)
@@ -77,7 +77,7 @@ def test_cutting_after_the_last_kept_target_changes_no_gradient(opened):
     tokens = np.asarray(loop.score(prepared, 0).decision.tokens)
     assert 0 < tokens.sum() < prepared.batch.targets.sum()
     expected, gradient = jax.value_and_grad(
-        lambda p: naive_loss_sum(session.model.config, p, prepared.batch, tokens.astype(np.float32))
+        lambda p: naive_loss_sum(session.subject.config, p, prepared.batch, tokens.astype(np.float32))
     )(loop.state.trainable)
     parts = loop.pack(survivors(prepared.batch, tokens, session.config.prune))
     assert sum(p.tokens for p in parts) < sum(p.tokens for p in prepared.scoring)
@@ -92,7 +92,7 @@ def test_a_full_data_step_is_the_textbook_adamw_step(opened):
     loop, start = session.loop, jax.tree.map(jnp.copy, session.loop.state.trainable)
     batch = loop.prepare(0).batch
     weights = batch.targets.astype(np.float32)
-    gradient = jax.grad(lambda p: naive_loss_sum(session.model.config, p, batch, weights) / weights.sum())(start)
+    gradient = jax.grad(lambda p: naive_loss_sum(session.subject.config, p, batch, weights) / weights.sum())(start)
     rate = optax.cosine_decay_schedule(1e-2, session.total_steps)
     matrices = jax.tree_util.tree_map_with_path(lambda path, _: "weight" not in str(path[-1]), start)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.1, mask=matrices))

@@ -1,13 +1,15 @@
 """One device or eight: the same decisions, losses and updates."""
 
 import json
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from qtjax.config import MeshSection, to_json
 from qtjax.errors import QtjaxError
-from qtjax.parallel import make_mesh
+from qtjax.parallel import by_process, make_mesh, of_one_process
 from qtjax.training.restore import load_run
 
 # Runs the config's steps from its own start and prints what each decided and measured, and what the overlay's rule keeps.
@@ -270,7 +272,7 @@ def test_a_run_on_eight_devices_survives_a_crash_bitwise(tiny_config, run_on, tm
 
 def test_a_mesh_that_does_not_fit_the_devices_says_what_does():
     """The axis that does not divide the devices is named, with the values that would."""
-    devices = [object()] * 8
+    devices = [SimpleNamespace(process_index=0, id=i) for i in range(8)]
     for axes, said in (
         ({"fsdp": 3}, "mesh.fsdp = 3: does not divide the 8 devices; values that do: 1, 2, 4, 8"),
         ({"fsdp": 16}, "mesh.fsdp = 16: does not divide the 8 devices; values that do: 1, 2, 4, 8"),
@@ -283,6 +285,39 @@ def test_a_mesh_that_does_not_fit_the_devices_says_what_does():
     with pytest.raises(QtjaxError, match="mesh.fsdp = 3: does not divide the 1 device; values that do: 1"):
         make_mesh(MeshSection(data=-1, fsdp=3))
     assert dict(make_mesh(MeshSection()).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+def test_a_process_holds_the_rows_that_it_reads(monkeypatch):
+    """Of a pod whose hosts are squares of a grid, the devices of a host lie side by side; a row that two hosts would share is refused."""
+    grid = [SimpleNamespace(id=4 * y + x, process_index=2 * (y // 2) + x // 2) for y in range(4) for x in range(4)]
+    assert [device.id for device in by_process(grid)] == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+    assert of_one_process(grid) == 4
+    monkeypatch.setattr(jax, "devices", lambda: grid)
+    with pytest.raises(QtjaxError, match="mesh.tensor = 8: does not divide the 4 devices of each process, which reads whole rows; values that do: 1, 2, 4"):
+        make_mesh(MeshSection(tensor=8))
+
+
+_FINGERPRINT_SCRIPT = """
+import jax, json, sys
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from qtjax.config import MeshSection
+from qtjax.parallel import make_mesh
+from qtjax.training.run import base_fingerprint
+tree = {dtype: (9 * jax.random.normal(jax.random.key(0), (512, 96))).astype(dtype) for dtype in ("float32", "bfloat16", "int8")}
+found = []
+for fsdp, tensor in ((1, 1), (8, 1), (2, 4)):
+    mesh = make_mesh(MeshSection(fsdp=fsdp, tensor=tensor))
+    found.append(base_fingerprint(jax.device_put(tree, NamedSharding(mesh, P("fsdp", "tensor")))))
+nearly = tree | {"float32": tree["float32"].at[5, 7].multiply(1 + 2e-7)}
+print("RESULT", json.dumps([found, base_fingerprint(nearly)]))
+"""
+
+
+def test_a_base_is_the_same_on_every_mesh(run_python):
+    """An overlay goes on over the weights that it began with, however they are cut; a number that is another in its last bit is another base."""
+    found, other = json.loads(run_python(_FINGERPRINT_SCRIPT, devices=8).split("RESULT")[1])
+    assert len(set(found)) == 1 and other != found[0]
 
 
 _PRUNERS = {

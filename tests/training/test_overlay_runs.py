@@ -9,14 +9,16 @@ import pytest
 from rich.console import Console
 
 from qtjax.checkpoints import load_adapter, load_pretrained, save_adapter
+from qtjax.config import override
 from qtjax.data.prepare import training_rows
 from qtjax.errors import QtjaxError
 from qtjax.overlays import METHODS, init_overlay
 from qtjax.training import story
+from qtjax.training.experts import missing_experts
 from qtjax.training.restore import load_run
 from qtjax.training.run import open_session, train_steps
 from qtjax.training.run_folder import RunFolder, read_metrics
-from qtjax.training.setup import overlay_fields
+from qtjax.training.setup import check_overlay, overlay_fields
 from qtjax.tree import flatten
 
 QUIET = Console(quiet=True)
@@ -91,6 +93,9 @@ def test_xlora_trains_its_experts_first_and_resumes(config_of, power_cut):
             np.testing.assert_array_equal(flatten(again.frozen)[f"expert_{i}/{path}"], value)
     rows = [training_rows(config.data.__class__(path=config.data.path, eval_fraction=0.0, part=f"{k}/2")) for k in (1, 2)]
     assert not set(rows[0].index) & set(rows[1].index) and len(rows[0]) + len(rows[1]) == 60
+    onward = config_of("xlora", **{"overlay.path": str(folder / "model"), "overlay.fields": "", "run.folder": f"{folder}2"})
+    assert missing_experts(onward) == [] and missing_experts(override(config, {"run.folder": f"{folder}2"}))
+    assert set(flatten(check_overlay(onward, model_config).params)) == set(flatten(overlay.params))
 
 
 @pytest.mark.slow
@@ -198,6 +203,7 @@ def test_a_run_goes_on_from_an_adapter_folder(config_of, tmp_path):
     assert after["base"]["loss"] == pytest.approx(before["after"]["loss"], rel=1e-5)
     assert load_run(tmp_path / "second")[3].spec.fields.r == 3
     for changes, message in (
+        ({"overlay.method": "none"}, "overlay.method = 'none' trains all parameters and puts no adapter over them"),
         ({"overlay.method": "lora"}, "holds a dora adapter"), ({"overlay.r": 4}, "has its own settings"),
         ({"overlay.path": str(tmp_path / "none")}, "no such folder"),
     ):  # fmt: skip

@@ -18,7 +18,7 @@ from qtjax.records.samples import read_samples
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = [
     "--config", str(ROOT / "configs" / "smol.py"), "--data.max-samples", "128", "--prune.batch-size", "32", "--train.epochs", "2", "--train.checkpoint-every", "2",
-    "--eval.max-samples", "16", "--eval.generate-samples", "8", "--train.compare-full-data", "0", "--run.tensorboard", "false",
+    "--eval.max-samples", "16", "--eval.generate-samples", "8", "--train.compare-full-data", "1", "--run.tensorboard", "false",
 ]  # fmt: skip
 
 
@@ -101,6 +101,7 @@ def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
     both = launch_two(two)
     assert [process.wait() for process in both] == [0, 0]
     same(one, two)
+    assert json.loads((two / "summary.json").read_text())["speed_up"]["value"] > 0  # of the full data that both of them timed
     assert not (tmp_path / "two.1.log").read_text().count("step ")  # one speaks for both
 
     both = launch_two(stopped)

@@ -42,8 +42,8 @@ def test_unrolled_layers_train_alike(opened, monkeypatch):
     for width, own in ((64, True), (0, False)):
         monkeypatch.setattr("qtjax.models.config.UNROLLED_WIDTH", width)
         session = opened(**{"run.folder": str(opened.root / str(width))})
-        assert session.model.config.unroll_layers == own
-        assert abstract_run(session.config, session.model.config, session.mesh).subject.config.unroll_layers == own
+        assert session.subject.config.unroll_layers == own
+        assert abstract_run(session.config, session.subject.config, session.mesh).subject.config.unroll_layers == own
         losses = [session.loop.step(step, session.total_steps)[0]["loss"] for step in range(3)]
         ends[own] = (losses, session.loop.state.trainable)
     np.testing.assert_allclose(ends[True][0], ends[False][0], rtol=1e-5)

@@ -137,7 +137,7 @@ def test_infobatch_plans_each_epoch_by_the_losses_of_the_one_before(opened):
     np.testing.assert_allclose(own, weight[prepared.batch.indices], rtol=1e-6)
     weights = prepared.batch.targets * own[:, None]
     expected, gradient = jax.value_and_grad(
-        lambda p: naive_loss_sum(session.model.config, p, prepared.batch, weights) / weights.sum()
+        lambda p: naive_loss_sum(session.subject.config, p, prepared.batch, weights) / weights.sum()
     )(before)
     chosen = loop._choose(scored, _Clock())
     got, loss = loop.gradients(chosen.parts, 3)
@@ -160,7 +160,7 @@ def test_infobatch_s_score_is_the_sample_s_mean_nll(opened):
     loop.step(0, session.total_steps)
     for i in (0, 5, 15):
         weights = batch.targets * (np.arange(16) == i)[:, None]
-        expected = naive_loss_sum(session.model.config, before, batch, weights.astype(np.float32)) / weights.sum()
+        expected = naive_loss_sum(session.subject.config, before, batch, weights.astype(np.float32)) / weights.sum()
         assert loop.epochs.scores[batch.indices[i]] == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -184,7 +184,7 @@ def test_a_step_trains_on_the_loss_that_the_config_names(opened, loss):
         from qtjax import models
 
         real = np.arange(batch.input_ids.shape[1])[None] < batch.lengths[:, None]
-        logits = models.apply(session.model.config, params, jnp.asarray(batch.input_ids), jnp.asarray(real))[:, :-1]
+        logits = models.apply(session.subject.config, params, jnp.asarray(batch.input_ids), jnp.asarray(real))[:, :-1]
         labels, weights = batch.input_ids[:, 1:], batch.targets[:, 1:].astype(np.float32)
         return scoring.head_loss(logits, jnp.eye(logits.shape[-1]), labels, weights, loss=loss)
 

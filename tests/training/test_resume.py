@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -19,7 +22,7 @@ from qtjax.checkpoints.run_state import RunState
 from qtjax.config import to_json
 from qtjax.errors import QtjaxError
 from qtjax.records.samples import read_samples
-from qtjax.training import story
+from qtjax.training import run, story
 from qtjax.training.loop import Loop
 from qtjax.training.restore import load_run
 from qtjax.training.run_folder import read_metrics
@@ -69,9 +72,11 @@ def test_a_crashed_run_ends_bitwise_like_one_never_interrupted(tiny_config, tmp_
         story.run(other, QUIET, quiet=True)
 
 
-def test_a_crashed_run_with_lagged_scores_ends_bitwise_like_one_never_interrupted(tiny_config, tmp_path, power_cut):
-    """score_lag: the scores of the next batch travel in the checkpoint, since the weights that gave them are gone."""
-    lag = {"prune.score_lag": 1, "prune.batch_size": 20}
+@pytest.mark.parametrize("chooses", [{}, {"prune.sample_pruner": "random", "prune.token_pruner": "perplexity"}])
+def test_a_crashed_run_with_lagged_scores_ends_bitwise_like_one_never_interrupted(tiny_config, tmp_path, power_cut, chooses):
+    """score_lag: the scores of the next batch travel in the checkpoint, since the weights that gave them are gone; also where
+    only what was chosen without scores is scored."""
+    lag = {"prune.score_lag": 1, "prune.batch_size": 20} | chooses
     whole = tiny_config(**FAST, **lag, **{"run.folder": str(tmp_path / "whole")})
     story.run(whole, QUIET, quiet=True)
     reference = trail(whole.run.folder)
@@ -112,10 +117,37 @@ def test_a_damaged_checkpoint_is_skipped_and_other_data_is_refused(tiny_config, 
     lines = Console(record=True, file=open(os.devnull, "w"), width=200)
     story.run(config, lines, quiet=True)
     said = lines.export_text()
-    assert "from step 2" in said and "9" in said and "4" in said
+    assert "from step 2" in said and re.search(r"unreadable checkpoints of steps 9, 4 \(.+\); they are set aside", said)
+    assert (checkpoints / "9.unreadable").is_dir() and any((checkpoints / "4.unreadable").rglob("*"))
     whole = tiny_config(**FAST, **{"train.checkpoint_every": 2, "run.folder": str(tmp_path / "whole")})
     story.run(whole, QUIET, quiet=True)
     assert_same(config.run.folder, trail(whole.run.folder))
+
+
+def test_a_run_that_goes_on_holds_one_state(tiny_config, power_cut, monkeypatch):
+    """What was made for a fresh run is let go before the checkpoint is read; and memory that does not suffice for reading it is no damage."""
+    config = tiny_config(**FAST)
+    power_cut(lambda: story.run(config, QUIET, quiet=True), lambda loop, number: number == 4)
+    fresh, left = [], []
+    made, read = run.start, RunState.restore
+
+    def start(*given):
+        out = made(*given)
+        fresh.extend(map(weakref.ref, jax.tree.leaves(out[0])))
+        return out
+
+    def restore(self, *given, **options):
+        left.append(sum(each() is not None for each in fresh))
+        return read(self, *given, **options)
+
+    monkeypatch.setattr(run, "start", start)
+    monkeypatch.setattr(RunState, "restore", restore)
+    lacking = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.")
+    with monkeypatch.context() as small, pytest.raises(QtjaxError, match="out of memory.*no room for 16.00 GiB"):
+        small.setattr(ocp.CheckpointManager, "restore", lambda *_, **__: (_ for _ in ()).throw(lacking))
+        story.run(config, QUIET, quiet=True)
+    assert story.run(config, QUIET, quiet=True)["steps"] == 6
+    assert len(fresh) > 10 and left == [0, 0]
 
 
 def test_a_disk_that_is_full_says_so_and_keeps_older_checkpoints(tmp_path, monkeypatch):

@@ -352,11 +352,26 @@ def test_a_failed_opening_lets_go(tmp_path):
     RunFolder.open(config_of(tmp_path)).close()
 
 
+def test_another_config_before_the_first_step_takes_nothing_over(tmp_path):
+    """How the untrained model did belongs to the config that is replaced; experts trained under it are a beginning."""
+    RunFolder.open(config_of(tmp_path)).close()
+    (tmp_path / "base.json").write_text("{}")
+    RunFolder.open(config_of(tmp_path, model__path="other")).close()
+    assert not (tmp_path / "base.json").exists() and read_config_of(tmp_path) == "other"
+    RunFolder.open(config_of(tmp_path / "experts" / "0")).close()  # not begun either
+    RunFolder.open(config_of(tmp_path, model__path="third")).close()
+    begin(tmp_path / "experts" / "0")
+    with pytest.raises(QtjaxError, match="another config: model.path is 'third' there, 'fourth' here"):
+        RunFolder.open(config_of(tmp_path, model__path="fourth"))
+
+
+def read_config_of(path):
+    return json.loads((path / "config.json").read_text())["model"]["path"]
+
+
 def test_foreign_records_are_not_taken_over(tmp_path):
-    """Records without a config are left alone; other files (a log beside the run) do no harm; fresh_ok=False needs a run."""
+    """Records without a config are left alone; other files (a log beside the run) do no harm."""
     (tmp_path / "nohup.out").write_text("")
-    with pytest.raises(QtjaxError, match="no run there"):
-        RunFolder.open(config_of(tmp_path), fresh_ok=False)
     (tmp_path / "metrics.jsonl").write_text("precious")
     with pytest.raises(QtjaxError, match="holds metrics.jsonl but no config.json"):
         RunFolder.open(config_of(tmp_path))
