@@ -1,4 +1,4 @@
-"""What several processes must agree on; with one process each of these is the identity."""
+"""What several processes must agree on: all call, with the same names and shapes; with one process each is the identity."""
 
 import time
 import uuid

@@ -37,7 +37,7 @@ class ScoringBatch:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One launch: rows arrays [R, L] for the device, and where each slot came from (sample -1: padding)."""
+    """One launch: this process's rows, arrays [R, L], and where each slot came from (sample -1: padding); size: rows of all processes."""
 
     rows: dict[str, np.ndarray]
     sample: np.ndarray

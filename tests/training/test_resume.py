@@ -146,7 +146,7 @@ def test_a_run_that_goes_on_holds_one_state(tiny_config, power_cut, monkeypatch)
     with monkeypatch.context() as small, pytest.raises(QtjaxError, match="out of memory.*no room for 16.00 GiB"):
         small.setattr(ocp.CheckpointManager, "restore", lambda *_, **__: (_ for _ in ()).throw(lacking))
         story.run(config, QUIET, quiet=True)
-    assert story.run(config, QUIET, quiet=True)["steps"] == 6
+    assert story.run(config, QUIET, quiet=True)["steps"] == 8
     assert len(fresh) > 10 and left == [0, 0]
 
 
