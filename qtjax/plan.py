@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
 
     jax.config.update("jax_platforms", "cpu")  # nothing runs here, and no compiler must look for its device
     from qtjax.models import kernel_of
-    from qtjax.parallel import batch_size
+    from qtjax.parallel import batch_size, of_one_process
     from qtjax.planning import GPU_NAMES, SHARE_VARIABLE, leaves_by_path, model_shape, open_topology, step_parts, weigh
     from qtjax.training.ladder import ladder
     from qtjax.training.run import check_fit
@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> N
     say(console, f"a step: about {_range(_number(low * scale), _number(high * scale))} {unit}, MFU {mfu}", style="bold")
     for line in assumptions(parts, chip, shapes[-1] * plan.length, config.prune.batch_size):
         say(console, line)
+    if (own := of_one_process(devices)) % config.mesh.tensor:
+        say(console, f"mesh.tensor = {config.mesh.tensor} needs hosts of as many devices, since a process reads whole rows; here they have {own}.")
     if shape.num_key_value_heads % config.mesh.tensor:
         heads = shape.num_key_value_heads
         say(console, f"mesh.tensor = {config.mesh.tensor} cuts through the {heads} key heads: devices then share heads, and move more.")

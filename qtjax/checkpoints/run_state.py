@@ -144,15 +144,17 @@ class RunState:
         return None
 
     def forget(self, steps: list[int]) -> None:
-        """Sets unreadable checkpoints aside, as "<step>.unreadable", so that their steps can be saved again; only the run itself may."""
+        """Sets unreadable checkpoints aside, as "<step>.unreadable" and in place of those before, so that their steps can be saved again;
+        only the run itself may."""
         if not steps:
             return
         self._let_go()
-        for step in steps if jax.process_index() == 0 else []:
-            aside = self.folder / f"{step}.unreadable"
-            shutil.rmtree(aside, ignore_errors=True)
-            with disk_errors(aside):
-                (self.folder / str(step)).rename(aside)
+        if jax.process_index() == 0:
+            for older in self.folder.glob("*.unreadable"):
+                shutil.rmtree(older, ignore_errors=True)
+            with disk_errors(self.folder):
+                for step in steps:
+                    (self.folder / str(step)).rename(self.folder / f"{step}.unreadable")
         self._manager = self._open()
 
     def close(self) -> None:

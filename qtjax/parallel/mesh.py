@@ -29,14 +29,14 @@ _RULES: dict[str | None, str | None] = {
 
 
 def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
-    """Mesh with axes (data, fsdp, tensor) over all devices, those of a process side by side; data = -1 takes what remains.
+    """Mesh with axes (data, fsdp, tensor) over all devices; data = -1 takes what remains. JAX has those of a process side by side.
 
     Args: devices: of a machine that is not here; None: all that this run has.
     Raises QtjaxError when the product is not the number of devices, naming the axis and what it could be, and when a row would lie on
     devices of several processes, each of which reads rows of its own.
     """
     here = devices is None
-    devices = by_process(jax.devices() if here else devices)
+    devices = jax.devices() if here else devices
     left = len(devices)
     for axis in ("tensor", "fsdp"):
         ways = getattr(section, axis)
@@ -57,12 +57,6 @@ def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
             " set it to that, or to -1 for whatever is left"
         )
     return Mesh(np.asarray(devices).reshape(left, section.fsdp, section.tensor), AXES)
-
-
-def by_process(devices: Sequence[Any]) -> list[Any]:
-    """Devices in the order of their processes: rows that a process reads are those that its devices hold, one after the other. TPUs
-    are numbered by their place in the pod, where a host's chips are not one after the other."""
-    return sorted(devices, key=lambda device: (device.process_index, device.id))
 
 
 def of_one_process(devices: Sequence[Any]) -> int:
@@ -120,10 +114,10 @@ def rows_on_device(mesh: Mesh, arrays: dict[str, np.ndarray]) -> dict[str, jax.A
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()}
 
 
-def everywhere(mesh: Mesh, value: np.ndarray) -> jax.Array:
-    """A whole copy on every device of what all processes have alike; unlike `device_put` it waits for nobody to compare."""
-    value = np.asarray(value)
-    return jax.make_array_from_callback(value.shape, replicated(mesh), lambda index: value[index])
+def everywhere(mesh: Mesh, value: Any) -> jax.Array:
+    """A whole copy on every device of a number or array that all processes have alike; unlike `device_put` it does not wait for them
+    to compare, nor for a device that has yet to compute it."""
+    return jax.make_array_from_callback(np.shape(value), replicated(mesh), lambda _: value)
 
 
 def round_up(count: int, multiple: int) -> int:

@@ -64,8 +64,8 @@ def _ladder(config: Config, shape: ModelConfig, devices: int, own: int) -> list[
     wider = _tensor(shape, devices, own)
     if wider > config.mesh.tensor:
         ways = devices // wider
-        own = {"mesh.fsdp": ways, "mesh.tensor": wider} | ({} if config.mesh.data == -1 else {"mesh.data": -1})
-        sets.append((sets[-1] if sets else {}) | own | ({"train.rows": ways} if config.train.rows > ways else {}))
+        shared = {"mesh.fsdp": ways, "mesh.tensor": wider} | ({} if config.mesh.data == -1 else {"mesh.data": -1})
+        sets.append((sets[-1] if sets else {}) | shared | ({"train.rows": ways} if config.train.rows > ways else {}))
     return sets if len(sets) <= COMPILED else [*sets[: COMPILED - 1], sets[-1]]
 
 

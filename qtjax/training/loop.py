@@ -256,10 +256,10 @@ class Loop:
         batch, decision = scored.prepared.batch, scored.decision
         tokens, weight = batch.targets, None
         if decision is not None:
-            tokens = local_rows(self.mesh, jax.block_until_ready(decision).tokens)
+            tokens = local_rows(jax.block_until_ready(decision).tokens)
             weight = np.asarray(decision.weight)
             if self.store is not None and scored.prepared.scoring:
-                self.store.record(batch, [local_rows(self.mesh, each) for each in scored.scores])
+                self.store.record(batch, [local_rows(each) for each in scored.scores])
             clock.lap("score")
         own = None if weight is None else weight[jax.process_index() * self.samples :][: self.samples]
         parts = self.pack(survivors(batch, tokens, self.config.prune), own)
@@ -285,7 +285,7 @@ class Loop:
         for part, nll in zip(chosen.parts, self.trained_nll):
             there = part.rows["weights"] > 0
             owner = part.sample[there]
-            sums += np.bincount(owner, local_rows(self.mesh, nll)[there].astype(np.float64), len(indices))
+            sums += np.bincount(owner, local_rows(nll)[there].astype(np.float64), len(indices))
             targets += np.bincount(owner, minlength=len(indices))
         known = targets > 0
         means = np.where(known, sums / np.maximum(targets, 1), 0).astype(np.float32)
@@ -299,7 +299,7 @@ class Loop:
         out: dict[str, Any] = {}
         if self.following is not None and self.following.scored.decision is not None:
             own = self.plan.batch_size // self.plan.process_count
-            parts = (all_rows(local_rows(self.mesh, each)[:own]) for each in self.following.scored.scores)
+            parts = (all_rows(local_rows(each)[:own]) for each in self.following.scored.scores)
             out |= dict(zip(self.pruners.signals, parts))
         return jax.tree.map(np.array, out | self._kept()) or None  # a copy: what is kept goes on changing while it is written
 

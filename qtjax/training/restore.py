@@ -14,6 +14,7 @@ from qtjax.errors import QtjaxError
 from qtjax.overlays import Overlay, field_names, method_named
 from qtjax.parallel import make_mesh
 from qtjax.training.calibration import fit_posterior
+from qtjax.training.memory import shortage
 from qtjax.training.run import check_data
 from qtjax.training.setup import check_overlay, load_model, split
 from qtjax.tree import Tree
@@ -35,17 +36,23 @@ def load_run(
     Args: posterior: where the method has one, fit it to the run's training data, as the run does after its last step; it is
       not part of the checkpoints.
     Returns: (Config, ModelConfig, params, overlay or None), config.run.folder being `folder`. Raises QtjaxError when the
-    folder is no run folder or holds no readable checkpoint, and for a posterior when the data are no longer the run's.
+      folder is no run folder, holds no readable checkpoint or one that the devices cannot hold, and for a posterior when the data are no
+      longer the run's.
     """
     folder = Path(folder)
     config = run_config(folder)
     mesh = run_mesh(config.mesh)
     model = load_model(config, mesh)
-    subject, (trainable, frozen) = model.subject, split(model, mesh)
+    subject, (trainable, frozen) = model.subject.shapes(), split(model, mesh)
     target = jax.tree.map(_described, trainable, subject.shardings(mesh))
     del model, trainable  # the weights before training need no room beside those after it
     checkpoints = RunState(folder / "checkpoints", config.train.keep_checkpoints)
-    found = checkpoints.restore({"trainable": target}, part=True)  # the moments would take twice the room of the rest
+    try:
+        found = checkpoints.restore({"trainable": target}, part=True)  # the moments would take twice the room of the rest
+    except jax.errors.JaxRuntimeError as error:
+        if (missing := shortage(str(error))) is None:
+            raise
+        raise QtjaxError(f"{folder}: out of memory while its checkpoint is read: {missing}; use more devices, or larger ones") from None
     checkpoints.close()
     if found is None:
         raise QtjaxError(f"{folder}: no checkpoint yet; train for at least train.checkpoint_every steps first")

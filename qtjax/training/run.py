@@ -26,6 +26,7 @@ from qtjax.data.prepare import keep_training_data
 from qtjax.data.tokenizer import check_vocabulary, load_tokenizer
 from qtjax.errors import QtjaxError
 from qtjax.models import ModelConfig, check_task_ids
+from qtjax.overlays import method_named
 from qtjax.parallel import agree_max, batch_size, first_alone, make_mesh, round_up
 from qtjax.report.progress import TrainingProgress
 from qtjax.training.kernels import attention_said
@@ -103,7 +104,7 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     )
     model = load_model(config, mesh, steps)
     state, frozen, optimizer = start(config, mesh, model, steps)
-    subject = model.subject
+    subject = model.subject.shapes()
     del model  # its weights are the state's, and go with it
     shapes = ladder(config.train.rows, batch_size(mesh), config.train.shapes)
     loaded = time.perf_counter()
@@ -202,10 +203,13 @@ def check_data(folder: Path, config: Config, dataset: TokenizedDataset, meta: Ma
         )
 
 
-def base_fingerprint(frozen: Tree) -> str:
-    """SHA-256 over a sum of every frozen leaf's bits, the same on every mesh; "" without one. An overlay resumes only on its own base."""
+def base_fingerprint(config: Config, frozen: Tree) -> str:
+    """SHA-256 over a sum of the bits of every frozen leaf that comes from a file, the same on every mesh; "" without one. An overlay
+    resumes only on its own base."""
     if not frozen:
         return ""
+    if not config.overlay.path and not method_named(config.overlay.method).in_parts:
+        frozen = frozen["params"]  # what an overlay made of them is rounded elsewhere on another mesh
 
     def total(x: jax.Array) -> jax.Array:
         if jnp.issubdtype(x.dtype, jnp.floating):
@@ -225,13 +229,8 @@ def _resume(
     fresh = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), loop.state)
     loop.state = None  # two states need not have room at once
     found = checkpoints.restore(checkpoint_tree(fresh), pending=lambda step: loop.pending_shape(step, last))
-    if found.skipped:
-        console.print(
-            f"resume  skipped unreadable checkpoints of steps {', '.join(map(str, found.skipped))} ({found.reason}); they are set aside as"
-            " checkpoints/STEP.unreadable", highlight=False, soft_wrap=True,
-        )  # fmt: skip
     check_data(folder.path, loop.config, dataset, found.meta)
-    if found.meta["base"] != base_fingerprint(loop.frozen):
+    if found.meta["base"] != base_fingerprint(loop.config, loop.frozen):
         raise QtjaxError(
             f"{folder.path}: model.path = {loop.config.model.path!r} holds other weights than when this run began; put the old"
             " ones back, or choose another run.folder"
@@ -240,6 +239,11 @@ def _resume(
     loop.resume(found.step, last, found.pending)
     folder.cut_back(found.step)
     checkpoints.forget(found.skipped)
+    if found.skipped:
+        console.print(
+            f"resume  skipped unreadable checkpoints of steps {', '.join(map(str, found.skipped))} ({found.reason}); they are set aside as"
+            " checkpoints/STEP.unreadable", highlight=False, soft_wrap=True,
+        )  # fmt: skip
     console.print(f"resume  from step {found.step}{''.join(f'; {said}' for said in folder.moved)}", highlight=False, soft_wrap=True)
     return found.step
 
@@ -248,7 +252,7 @@ def train_steps(session: Session, folder: RunFolder, *, quiet: bool = False) -> 
     """The remaining optimizer steps; records and checkpoints on the way. Raises Interrupted after a clean stop."""
     loop, last = session.loop, session.total_steps
     every = session.config.train.checkpoint_every
-    meta = {"data": session.dataset.fingerprint, "base": base_fingerprint(loop.frozen), "total_steps": last}
+    meta = {"data": session.dataset.fingerprint, "base": base_fingerprint(session.config, loop.frozen), "total_steps": last}
     with (
         contextlib.ExitStack() as ending,
         _stop_requested() as stop,

@@ -85,7 +85,10 @@ class RunFolder:
             elif (path / "config.json").exists():
                 # The run before this one ended before its first step (a typo in a path, say): all that depends on its config is how the
                 # untrained model did.
-                (path / "base.json").unlink(missing_ok=True)
+                try:
+                    _check_config(path, config)
+                except QtjaxError:
+                    (path / "base.json").unlink(missing_ok=True)
                 write_atomic(path / "config.json", configs.to_json(config))
             else:
                 found = [name for name in _RECORDS if (path / name).exists()]

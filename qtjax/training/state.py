@@ -1,6 +1,6 @@
 """What training changes (the state) and what it only reads (the frozen part)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -33,6 +33,10 @@ class Subject:
 
     config: models.ModelConfig
     overlay: Overlay | None
+
+    def shapes(self) -> "Subject":
+        """The same without the overlay's arrays, of which `join` has others."""
+        return replace(self, overlay=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.overlay))
 
     def split(self, params: Tree) -> tuple[Tree, Tree]:
         """(trainable, frozen) of a fresh model."""

@@ -134,8 +134,8 @@ def _evaluate(session: Session) -> dict[str, Any]:
 def _base_evaluation(session: Session, folder: RunFolder) -> dict[str, Any]:
     """The untrained model's results; measured at step 0 and read back by a resumed run. QtjaxError if its loss is NaN."""
     file = folder.path / "base.json"
-    if file.exists():
-        return json.loads(file.read_text(encoding="utf-8"))
+    if found := first_alone("look for the base's results", lambda: file.read_text(encoding="utf-8") if file.exists() else ""):
+        return json.loads(found)
     base = _evaluate(session) if session.step == 0 else {}
     if base and not math.isfinite(base["loss"]["loss"]):
         raise QtjaxError(
@@ -186,7 +186,8 @@ def provenance(session: Session, folder: RunFolder) -> dict[str, dict[str, int]]
     rows = training_rows(session.config.data, folder.tokens)
     if not len(rows) or "provenance" not in rows[0]:
         return None
-    origin = {int(index): str(rows[i].get("provenance", "unknown")) for i, index in enumerate(rows.index)}
+    said = [rows[i].get("provenance") for i in range(len(rows))]
+    origin = {int(index): "unknown" if own is None else str(own) for index, own in zip(rows.index, said, strict=True)}
     folder.flush()
     records = folder.read_samples()
     counts: dict[str, dict[str, int]] = {}

@@ -9,7 +9,7 @@ import pytest
 
 from qtjax.config import MeshSection, to_json
 from qtjax.errors import QtjaxError
-from qtjax.parallel import by_process, make_mesh, of_one_process
+from qtjax.parallel import make_mesh
 from qtjax.training.restore import load_run
 
 # Runs the config's steps from its own start and prints what each decided and measured, and what the overlay's rule keeps.
@@ -287,12 +287,9 @@ def test_a_mesh_that_does_not_fit_the_devices_says_what_does():
     assert dict(make_mesh(MeshSection()).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
 
 
-def test_a_process_holds_the_rows_that_it_reads(monkeypatch):
-    """Of a pod whose hosts are squares of a grid, the devices of a host lie side by side; a row that two hosts would share is refused."""
-    grid = [SimpleNamespace(id=4 * y + x, process_index=2 * (y // 2) + x // 2) for y in range(4) for x in range(4)]
-    assert [device.id for device in by_process(grid)] == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
-    assert of_one_process(grid) == 4
-    monkeypatch.setattr(jax, "devices", lambda: grid)
+def test_a_row_that_two_processes_would_share_is_refused(monkeypatch):
+    """Each reads rows of its own."""
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(id=i, process_index=i // 4) for i in range(16)])
     with pytest.raises(QtjaxError, match="mesh.tensor = 8: does not divide the 4 devices of each process, which reads whole rows; values that do: 1, 2, 4"):
         make_mesh(MeshSection(tensor=8))
 
@@ -301,16 +298,18 @@ _FINGERPRINT_SCRIPT = """
 import jax, json, sys
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
-from qtjax.config import MeshSection
+from qtjax.config import Config, MeshSection, override
 from qtjax.parallel import make_mesh
 from qtjax.training.run import base_fingerprint
+config = override(Config(), {"overlay.method": "lora"})
 tree = {dtype: (9 * jax.random.normal(jax.random.key(0), (512, 96))).astype(dtype) for dtype in ("float32", "bfloat16", "int8")}
 found = []
 for fsdp, tensor in ((1, 1), (8, 1), (2, 4)):
     mesh = make_mesh(MeshSection(fsdp=fsdp, tensor=tensor))
-    found.append(base_fingerprint(jax.device_put(tree, NamedSharding(mesh, P("fsdp", "tensor")))))
+    made = {"rounded": jnp.float32(fsdp)}  # an overlay's own, of these weights
+    found.append(base_fingerprint(config, {"params": jax.device_put(tree, NamedSharding(mesh, P("fsdp", "tensor"))), "overlay": made}))
 nearly = tree | {"float32": tree["float32"].at[5, 7].multiply(1 + 2e-7)}
-print("RESULT", json.dumps([found, base_fingerprint(nearly)]))
+print("RESULT", json.dumps([found, base_fingerprint(config, {"params": nearly, "overlay": made})]))
 """
 
 

@@ -356,6 +356,8 @@ def test_another_config_before_the_first_step_takes_nothing_over(tmp_path):
     """How the untrained model did belongs to the config that is replaced; experts trained under it are a beginning."""
     RunFolder.open(config_of(tmp_path)).close()
     (tmp_path / "base.json").write_text("{}")
+    RunFolder.open(config_of(tmp_path, mesh__fsdp=2)).close()  # another machine
+    assert (tmp_path / "base.json").exists()
     RunFolder.open(config_of(tmp_path, model__path="other")).close()
     assert not (tmp_path / "base.json").exists() and read_config_of(tmp_path) == "other"
     RunFolder.open(config_of(tmp_path / "experts" / "0")).close()  # not begun either

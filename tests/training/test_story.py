@@ -21,6 +21,6 @@ def test_provenance_is_counted_however_the_rows_say_it(tmp_path):
     )
     folder = SimpleNamespace(writes=True, tokens=tmp_path, flush=lambda: None, read_samples=lambda: records)
     assert provenance(session, folder) == {
-        "None": {"seen": 1, "kept": 0}, "['a', 'b']": {"seen": 1, "kept": 1}, "unknown": {"seen": 1, "kept": 1},
+        "unknown": {"seen": 2, "kept": 1}, "['a', 'b']": {"seen": 1, "kept": 1},
         "web": {"seen": 3, "kept": 2}, "{'of': 1}": {"seen": 1, "kept": 1},
     }  # fmt: skip
