@@ -19,7 +19,7 @@ from qtjax.training.memory import COMPILING
 from qtjax.training.pruners import Pruners, pruners
 from qtjax.training.reuse import carry, check_reuse
 from qtjax.training.score import kept_rows, rated_rows, score_rows
-from qtjax.training.state import Subject, TrainState, state_shardings
+from qtjax.training.state import Subject, TrainState, described, state_shardings
 from qtjax.training.step import Decision, accumulate, choose_early, decide, place, skip, update
 from qtjax.tree import Tree
 
@@ -90,9 +90,8 @@ def program_jobs(
     """
     check_reuse(prune, subject.overlay, batch_size(mesh))
     everywhere, by_row = replicated(mesh), batch_sharding(mesh)
-    abstract = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding))
-    trainable, frozen = abstract(state.trainable), abstract(frozen)
-    state = TrainState(trainable, abstract(state.optimizer), abstract(state.method))
+    state, frozen = described(state), described(frozen)
+    trainable = state.trainable
     after = state_shardings(subject, mesh, trainable, optimizer)
     shardings = after.trainable
     gradients = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), trainable)

@@ -39,7 +39,7 @@ from qtjax.training.reference import check_other_model, other_model_scores
 from qtjax.training.reuse import check_reuse
 from qtjax.training.run_folder import RunFolder
 from qtjax.training.setup import check_overlay, checkpoint_tree, from_checkpoint, load_model, start
-from qtjax.training.state import Subject
+from qtjax.training.state import Subject, described
 from qtjax.tree import Tree
 
 
@@ -226,7 +226,7 @@ def _resume(
     if checkpoints.latest() is None:
         folder.cut_back(0)
         return 0
-    fresh = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), loop.state)
+    fresh = described(loop.state)
     loop.state = None  # two states need not have room at once
     found = checkpoints.restore(checkpoint_tree(fresh), pending=lambda step: loop.pending_shape(step, last))
     check_data(folder.path, loop.config, dataset, found.meta)

@@ -106,6 +106,11 @@ class Subject:
         return {leaf.path: len(leaf.shape) - leaf.stacked >= 2 for leaf in leaves if leaf.trained}
 
 
+def described(tree: Any) -> Any:
+    """Shape, dtype and sharding of every array of a tree, or of what describes one, as jax.ShapeDtypeStruct."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
 def init_state(subject: Subject, mesh: Mesh, trainable: Tree, optimizer: optax.GradientTransformation) -> TrainState:
     """The state on the mesh; what stands beside a parameter lies as it does."""
     out = state_shardings(subject, mesh, trainable, optimizer)
