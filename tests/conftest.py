@@ -10,9 +10,19 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Most of a test's time is compilation, of programs that run once: LLVM need not optimise them. Workers share the cores.
-_XLA = ["--xla_backend_optimization_level=0", *(["--xla_cpu_multi_thread_eigen=false"] if "PYTEST_XDIST_WORKER" in os.environ else [])]
-os.environ.setdefault("XLA_FLAGS", " ".join(_XLA))
+
+
+def _quick_to_compile() -> str:
+    """XLA_FLAGS for tests, whose time is compilation of programs that run once: LLVM need not optimise them, and XLA's older emitter of
+    fusions takes half as long as its own choice. An XLA that has lost one of the flags would end the process: then without them."""
+    plain = "--xla_backend_optimization_level=0"
+    quick = f"{plain} --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"  # workers share the cores
+    asked = subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=os.environ | {"XLA_FLAGS": quick}, capture_output=True)
+    return plain if asked.returncode else quick
+
+
+if "XLA_FLAGS" not in os.environ:  # workers have it from the process that starts them
+    os.environ["XLA_FLAGS"] = _quick_to_compile()
 
 import pytest
 
@@ -22,9 +32,13 @@ def compile_once(tmp_path_factory) -> None:
     """Programs that several tests compile are compiled once per session."""
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")), "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }  # fmt: skip
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)  # and of interpreters that a test starts
 
 
 @pytest.fixture(autouse=True)
