@@ -74,6 +74,17 @@ def run_python() -> Callable[..., str]:
 
 
 @pytest.fixture
+def libtpu(monkeypatch) -> None:
+    """Skips where the TPU's compiler is missing. It would end the process at XLA_FLAGS that it does not know, as are those of the CPU
+    here; a plan leaves other devices' flags out, which is undone after the test."""
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs the extra plan")
+    import jax
+
+    jax.devices()  # the CPU's own part of XLA has read its flags
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_cpu_of_a_later_xla=1 --xla_gpu_of_a_later_xla=1")
+
+
+@pytest.fixture
 def power_cut(monkeypatch) -> Callable[..., None]:
     """power_cut(run, when): run() up to the first optimizer step at which when(loop, step number from 0) is true."""
 

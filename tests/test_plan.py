@@ -71,10 +71,9 @@ def said(*flags, width=100):
 
 @pytest.mark.slow
 @pytest.mark.parity
-def test_what_does_not_fit_is_said_with_what_would(tmp_path):
+def test_what_does_not_fit_is_said_with_what_would(tmp_path, libtpu):
     """1.4 billion float32 parameters with moments and gradients, 21 GiB on one v5e: how much is lacking, and flags
     that were tried: cut in four it fits."""
-    pytest.importorskip("libtpu")
     sizes = {"hidden_size": 4096, "intermediate_size": 32768, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 3}
     large = shape(tmp_path / "large", head_dim=128, **sizes)
     text = said("--model.path", large, "--topology", "v5e:2x2", "--leaves", width=80)

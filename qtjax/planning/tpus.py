@@ -31,6 +31,9 @@ def open_tpus(name: str) -> tuple[list[Any], Chip]:
     }  # fmt: skip
     for variable, value in quiet.items():  # libtpu would look for a TPU, and for its neighbours
         os.environ.setdefault(variable, value)
+    if "XLA_FLAGS" in os.environ:  # libtpu ends the process at a flag that it does not know; those of other devices change nothing here
+        flags = os.environ["XLA_FLAGS"].split()
+        os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags if not flag.startswith(("--xla_cpu_", "--xla_gpu_")))
     from jax.experimental import topologies
 
     try:

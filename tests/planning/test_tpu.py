@@ -14,15 +14,10 @@ from qtjax.config import override, read_config
 from qtjax.models import ModelConfig
 from qtjax.planning import PUBLISHED
 
-pytestmark = [pytest.mark.slow, pytest.mark.parity]
+pytestmark = [pytest.mark.slow, pytest.mark.parity, pytest.mark.usefixtures("libtpu")]
 GIB = 2**30
 # Shards of whole tiles, 8 x 128: smaller ones the compiler pads.
 TINY = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "num_hidden_layers": 5}
-
-
-@pytest.fixture(autouse=True)
-def libtpu():
-    pytest.importorskip("libtpu", reason="compiling for TPUs needs the extra plan")
 
 
 def tiny(topology="v5e:2x4", **changes):
