@@ -13,12 +13,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _quick_to_compile() -> str:
-    """XLA_FLAGS for tests, whose time is compilation of programs that run once: LLVM need not optimise them, and XLA's older emitter of
-    fusions takes half as long as its own choice. An XLA that has lost one of the flags would end the process: then without them."""
-    plain = "--xla_backend_optimization_level=0"
-    quick = f"{plain} --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"  # workers share the cores
-    asked = subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=os.environ | {"XLA_FLAGS": quick}, capture_output=True)
-    return plain if asked.returncode else quick
+    """XLA_FLAGS for tests, whose time is compilation of programs that run once: LLVM need not optimise them, workers share the cores,
+    and the older emitter of fusions takes half as long. An XLA without a flag (jaxlib 0.12 has one emitter) would end the process."""
+    plain, alone, older = "--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1", "--xla_cpu_use_fusion_emitters=false"
+    for flags in (f"{plain} {alone} {older}", f"{plain} {alone}"):
+        if not subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=os.environ | {"XLA_FLAGS": flags}, capture_output=True).returncode:
+            return flags
+    return plain
 
 
 if "XLA_FLAGS" not in os.environ:  # workers have it from the process that starts them
