@@ -38,9 +38,8 @@ def test_a_plan_needs_a_topology():
     (("--model.param-dtype", "bfloat16"), "full-parameter training keeps float32 parameters"),
     (("--tokens-per-sample", "129"), "--tokens-per-sample 129: must be from 1 to data.max_length = 128"),
 ])  # fmt: skip
-def test_what_the_run_would_refuse_the_plan_refuses(flags, message, tmp_path):
+def test_what_the_run_would_refuse_the_plan_refuses(flags, message, tmp_path, libtpu):
     """A mesh that does not divide the devices or the model, and what training would not begin with: one line, before anything compiles."""
-    pytest.importorskip("libtpu")
     model = shape(tmp_path / "m", hidden_size=100, intermediate_size=300, num_attention_heads=8, num_key_value_heads=8, head_dim=32)
     with pytest.raises(QtjaxError, match=message):
         said("--model.path", model, "--topology", "v5e:2x4", *flags)
