@@ -33,7 +33,7 @@ def compilable(shape: ModelConfig, settings: Mapping[str, Any], mesh: Mesh) -> C
     run = abstract_run(config, shape, mesh)
     jobs = program_jobs(
         run.subject, mesh, config.prune, config.train.loss, run.optimizer, run.state, run.frozen,
-        shapes=ladder(config.train.rows, batch_size(mesh), config.train.shapes), row_length=config.train.row_length or config.data.max_length,
+        shapes=ladder(config.train.rows, batch_size(mesh), config.train.shapes), row_length=config.row_length,
         samples=round_up(config.prune.batch_size, batch_size(mesh)), max_length=config.data.max_length,
     )  # fmt: skip
     return Compilable(run, jobs)

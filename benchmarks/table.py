@@ -32,13 +32,14 @@ from benchmarks.machine import machine
 from benchmarks.noise import write_noisy
 from qtjax import evals
 from qtjax.atomic import write_atomic, write_json
-from qtjax.config import SAMPLE_PRUNERS, TOKEN_PRUNERS, Config, PruneSection, load_config, override, validate
+from qtjax.config import Config, PruneSection, load_config, override, validate
 from qtjax.data.prepare import held_out_rows, training_rows
 from qtjax.errors import Diverged, QtjaxError, door, near_names
 from qtjax.evals.choice_rows import FORMS, read_question
 from qtjax.flags import typed
 from qtjax.pruning import sample_pruner, token_pruner
 from qtjax.report.totals import totals
+from qtjax.sections import SAMPLE_PRUNERS, TOKEN_PRUNERS
 from qtjax.train import use_compile_cache
 from qtjax.training import story
 from qtjax.training.pruners import pruners

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from qtjax.config import DTYPES
 from qtjax.errors import QtjaxError, door
 from qtjax.flags import parse_flags
+from qtjax.sections import DTYPES
 
 SPARSE = "sparse_delta.safetensors"
 

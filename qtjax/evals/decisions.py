@@ -81,7 +81,6 @@ def decisions(
     """
     prune, needs = as_it_is(config.prune), check_offline(config.prune)
     plan = BatchPlan(len(dataset), prune.batch_size, config.train.seed)
-    row_length = config.train.row_length or config.data.max_length
     for step in range(first, plan.steps_per_epoch):
         batch = read_batch(dataset, plan.global_batch(step), config.data.max_length, reference)
         given = {"targets": batch.targets, "closing": batch.closing, "valid": batch.valid, "index": batch.indices.astype(np.int32)}
@@ -91,7 +90,7 @@ def decisions(
         signals = np.zeros((3, *batch.targets.shape), np.float32)
         if needs.scores or score_all:
             launches = scored_rows(
-                model_config, params, whole_samples(batch, keep), row_length=row_length, rows=config.train.rows,
+                model_config, params, whole_samples(batch, keep), row_length=config.row_length, rows=config.train.rows,
                 overlay=overlay, mesh=mesh, rater=needs.token.rater,
             )  # fmt: skip
             for packed, scored in launches:

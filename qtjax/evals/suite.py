@@ -135,7 +135,7 @@ def evaluate(
     Calling it again with other parameters of the same shapes compiles nothing. progress: bars with ETA on standard
     error for what takes more than a few seconds.
     """
-    shape = {"row_length": config.train.row_length or config.data.max_length, "rows": config.train.rows}
+    shape = {"row_length": config.row_length, "rows": config.train.rows}
     run = {"overlay": overlay, "mesh": mesh}
     out: dict[str, Result] = {}
     if held_out.dataset is not None:

@@ -61,7 +61,7 @@ def abstract_run(config: Config, shape: ModelConfig, mesh: Mesh, steps: int = 10
     m = config.model
     shape = shape.replace(
         dtype=m.dtype, param_dtype=m.param_dtype, remat=m.remat, unroll_layers=models.unrolled(shape, m.unroll_layers),
-        quantization=None if m.quantization == "none" else m.quantization, attention=_kernel(mesh, m.dtype),
+        quantization=m.packed, attention=_kernel(mesh, m.dtype),
     )  # fmt: skip
     subject = Subject(shape, None if config.overlay.method == "none" else check_overlay(config, shape, steps))
     params = _laid(models.abstract_params(shape), param_shardings(shape, mesh))
@@ -185,7 +185,7 @@ def weigh(config: Config, shape: ModelConfig, devices: Sequence[Any], enough: fl
     held = held_by(run)
     ways = batch_size(mesh)
     rows = ladder(config.train.rows, ways, 1)[0]
-    length = config.train.row_length or config.data.max_length
+    length = config.row_length
     jobs = program_jobs(
         run.subject, mesh, config.prune, config.train.loss, run.optimizer, run.state, run.frozen, shapes=(rows,), row_length=length,
         samples=round_up(config.prune.batch_size, ways), max_length=config.data.max_length,

@@ -96,14 +96,13 @@ def _score(config: Config, path: str, dataset: TokenizedDataset, mesh: Mesh, fil
     """One pass of the model at `path` over all samples; process 0 writes `file`, whole or not at all."""
     m = config.model
     model_config, params = load_pretrained(path, m.dtype, mesh=mesh, param_dtype=m.param_dtype)
-    row_length = config.train.row_length or config.data.max_length
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with disk_errors(file), LateProgress(f"scoring with {path}", len(dataset)) as bar:
             # With all its room from the start: a disk that fills up under a mapped file kills the process without a word.
             out = _reserved(temporary, shape) if jax.process_index() == 0 else None
             launches = scored_rows(
-                model_config, params, whole_sequences(dataset), row_length=row_length, rows=config.train.rows, mesh=mesh, rater=rater,
+                model_config, params, whole_sequences(dataset), row_length=config.row_length, rows=config.train.rows, mesh=mesh, rater=rater,
                 progress=bar.advance,
             )  # fmt: skip
             launched, begin = 0, time.perf_counter()

@@ -94,7 +94,7 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     console.print(f"data    {dataset.stats.line()}", highlight=False, soft_wrap=True)
     check_vocabulary(tokenizer, shape.vocab_size, dataset.input_ids)
     held_out = _held_out(config, folder, shape, tokenizer)
-    row_length = config.train.row_length or config.data.max_length
+    row_length = config.row_length
     plan = BatchPlan(
         len(dataset), config.prune.batch_size, config.train.seed, jax.process_index(), jax.process_count()
     )

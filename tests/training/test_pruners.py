@@ -8,11 +8,12 @@ from rich.console import Console
 from tests.training.test_loop import naive_loss_sum, worst
 
 from qtjax import scoring
-from qtjax.config import LOSSES, SAMPLE_PRUNERS, TOKEN_PRUNERS, PruneSection
+from qtjax.config import PruneSection
 from qtjax.errors import QtjaxError
 from qtjax.pruning import SAMPLE_PRUNERS as KNOWN_SAMPLE
 from qtjax.pruning import TOKEN_PRUNERS as KNOWN_TOKEN
 from qtjax.pruning import INITIAL_SCORE, epoch_choice
+from qtjax.sections import LOSSES, SAMPLE_PRUNERS, TOKEN_PRUNERS
 from qtjax.training import reference, story
 from qtjax.training.batch import survivors
 from qtjax.training.pruners import pruners

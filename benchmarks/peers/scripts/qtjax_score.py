@@ -22,7 +22,7 @@ def packed(samples: Samples, indices: list) -> list[Sample]:
 
 def scores(config: Config, opened, mesh, samples: Samples, indices: list) -> tuple[np.ndarray, np.ndarray]:
     """nll and entropy float32 [targets] in nats, sample after sample."""
-    row_length = config.train.row_length or config.data.max_length
+    row_length = config.row_length
     out = np.zeros((2, len(indices), row_length), np.float32)
     launches = scored_rows(
         opened.config, opened.params, packed(samples, indices), row_length=row_length, rows=config.train.rows, overlay=opened.overlay, mesh=mesh
