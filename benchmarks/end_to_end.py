@@ -9,7 +9,8 @@ compilation and the first step of every epoch, which a process's first use of ev
 full data, k = tokens trained on / all tokens, both of this run; "targets": the same of answers' tokens, which the head's part of a step
 goes with instead (what is kept may answer at greater length than the rest). Speed-ups are ratios of CPU seconds over the same steps, wall
 clock beside them. "reused" scores in its first epoch of three and is compared with three epochs; "one forward" keeps what the layers gave
-in the scoring pass (prune.reuse_forward), which saves more where training computes its layers twice: --remat full, for all lines.
+in the scoring pass (prune.reuse_forward), which saves more where training computes its layers twice: --remat full, for all lines. Ctrl-C
+ends it after the step that all have taken; what was measured by then is shown.
 """
 
 import json
@@ -35,7 +36,7 @@ from qtjax.errors import QtjaxError, door
 from qtjax.flags import parse_flags
 from qtjax.pages import with_own_pages
 from qtjax.train import use_compile_cache
-from qtjax.training.run import open_session
+from qtjax.training.run import open_session, stop_requested
 from qtjax.training.run_folder import RunFolder
 
 METHODS = {
@@ -126,8 +127,11 @@ class Session:
         self.folder.close()
 
 
-def run(config: Config, chosen: Sequence[Setting], folder: Path, say: Callable[[str], Any]) -> dict[str, Spent]:
-    """{name and mode: what it spent}; the same step of all settings one after the other, in an order that turns from step to step."""
+def run(config: Config, chosen: Sequence[Setting], folder: Path, say: Callable[[str], Any]) -> tuple[dict[str, Spent], bool]:
+    """{name and mode: what it spent}; the same step of all settings one after the other, in an order that turns from step to step.
+
+    Also whether it was stopped before its end (Ctrl-C, SIGTERM): after a step that all settings took, one that is measured at least.
+    """
     console = Console(quiet=True)
     sessions = {}
     for setting in chosen:
@@ -136,14 +140,18 @@ def run(config: Config, chosen: Sequence[Setting], folder: Path, say: Callable[[
         sessions[key] = Session(validate(override(config, own)), console)
         say(f"{key}: compiled")
     steps = {key: each.last for key, each in sessions.items()}
-    for number in range(max(steps.values())):
-        keys = [key for key in sessions if number < steps[key]]
-        for key in keys[number % len(keys) :] + keys[: number % len(keys)]:
-            sessions[key].step(number)
-            say(f"{key}: step {number + 1} of {steps[key]}")
+    stopped = False
+    with stop_requested() as asked:
+        for number in range(max(steps.values())):
+            if stopped := bool(asked) and number > 1:
+                break
+            keys = [key for key in sessions if number < steps[key]]
+            for key in keys[number % len(keys) :] + keys[: number % len(keys)]:
+                sessions[key].step(number)
+                say(f"{key}: step {number + 1} of {steps[key]}")
     for each in sessions.values():
         each.close()
-    return {key: each.spent for key, each in sessions.items()}
+    return {key: each.spent for key, each in sessions.items()}, stopped
 
 
 def key_of(setting: Setting) -> str:
@@ -260,7 +268,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         jax.config.update("jax_compilation_cache_dir", cache)
         shutil.rmtree(out, ignore_errors=True)
-    heading = f"{report['samples']} samples, {report['steps']} steps of {given['batch']}; {report['machine']}"
+    early = ", stopped before the end" if report["stopped"] else ""
+    heading = f"{report['samples']} samples, {report['steps']} steps of {given['batch']}{early}; {report['machine']}"
     for method, rows in report["results"].items():
         console.print(table(method, rows, heading))
     if given["json"]:
@@ -285,11 +294,16 @@ def measure(given: dict[str, Any], chosen: Sequence[Setting], out: Path) -> dict
             config = validate(override(Config(), common | METHODS[method]))
             use_compile_cache(config)
             task = progress.add_task(method, total=None)
-            spent = run(config, chosen, out / method, lambda text: progress.update(task, description=f"{method}, {text}", advance=1))
-            check(chosen, spent)
-            results[method] = lines(chosen, spent)
+            spent, stopped = run(config, chosen, out / method, lambda text: progress.update(task, description=f"{method}, {text}", advance=1))
+            whole = [setting for setting in chosen if setting.epochs == 1 or not stopped]  # of three epochs a part says nothing
+            check(whole, spent)
+            results[method] = lines(whole, spent)
             steps, samples = len(spent["full data"].cpu), sum(count for _, count in spent["full data"].kept)
-    return {"settings": given, "machine": machine(), "jax": jax.__version__, "steps": steps, "samples": samples, "results": results}
+            if stopped:
+                break
+    return {
+        "settings": given, "machine": machine(), "jax": jax.__version__, "steps": steps, "samples": samples, "stopped": stopped, "results": results,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

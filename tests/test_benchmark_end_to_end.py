@@ -1,6 +1,7 @@
 """The end-to-end benchmark: its arithmetic from hand numbers, its checks, and a whole run on a tiny model."""
 
 import json
+import signal
 
 import pytest
 
@@ -57,6 +58,38 @@ def test_bad_flags_are_one_line(flags, message):
     with pytest.raises(QtjaxError, match=message) as error:
         main(flags)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("at", "steps", "stopped"), [(0, 1, True), (2, 2, True), (3, 3, True), (11, 3, False)])
+def test_what_was_measured_before_ctrl_c_is_shown(tmp_path, monkeypatch, capsys, at, steps, stopped):
+    """Four steps an epoch, the first not measured. Asked to stop in step `at`, every setting takes it, and a measured one; scores that serve
+    three epochs have no line unless they did, and no other method is begun."""
+
+    class Fake:
+        def __init__(self, config, console):
+            self.last, self.spent, self.epochs = 4 * int(config.train.epochs), spent(1.0, 0.25, 10, steps=0), config.train.epochs
+            self.kept = 64 if config.prune.sample_pruner == "none" else 8
+
+        def step(self, number):
+            if number == at and self.epochs == 3:
+                signal.raise_signal(signal.SIGINT)
+            if number % 4:
+                own = self.spent
+                own.cpu.append(1.0), own.wall.append(1.0), own.score_cpu.append(0.25), own.losses.append(1.0), own.kept.append((self.kept, 64))
+                own.tokens, own.slots, own.targets = own.tokens + 10, own.slots + 10, own.targets + 5
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(end_to_end, "Session", Fake)
+    main(["--data", "x", "--model", "smol", "--steps", "0", "--budgets", "12.5x50", "--modes", "mask", "--json", str(tmp_path / "e.json")])
+    report, said = json.loads((tmp_path / "e.json").read_text()), capsys.readouterr()
+    assert (report["steps"], report["stopped"], set(report["results"])) == (steps, stopped, {"full"} if stopped else {"full", "lora"})
+    for rows in report["results"].values():
+        assert [row["setting"].endswith("reused") for row in rows] == [False] * 3 + [True] * (not stopped)
+        assert {row["steps"] for row in rows[:3]} == {steps}
+    assert ("stopped before the end" in said.out) == stopped and "stopping after this step" in said.err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.slow

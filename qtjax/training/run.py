@@ -255,7 +255,7 @@ def train_steps(session: Session, folder: RunFolder, *, quiet: bool = False) -> 
     meta = {"data": session.dataset.fingerprint, "base": base_fingerprint(session.config, loop.frozen), "total_steps": last}
     with (
         contextlib.ExitStack() as ending,
-        _stop_requested() as stop,
+        stop_requested() as stop,
         TrainingProgress(last, start=session.step, quiet=quiet) as progress,
     ):
         ending.callback(session.checkpoints.wait)  # whatever ends the loop, a save under way is finished
@@ -282,7 +282,7 @@ class _Silent:
 
 
 @contextlib.contextmanager
-def _stop_requested() -> Iterator[list[int]]:
+def stop_requested() -> Iterator[list[int]]:
     """A list that becomes non-empty on the first SIGINT or SIGTERM; the second acts at once."""
     asked: list[int] = []
 
@@ -303,4 +303,4 @@ def _stop_requested() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-__all__ = ["Interrupted", "Session", "check_data", "check_fit", "open_session", "total_steps", "train_steps"]
+__all__ = ["Interrupted", "Session", "check_data", "check_fit", "open_session", "stop_requested", "total_steps", "train_steps"]
