@@ -82,6 +82,7 @@ def test_what_was_measured_before_ctrl_c_is_shown(tmp_path, monkeypatch, capsys,
             pass
 
     monkeypatch.setattr(end_to_end, "Session", Fake)
+    before = signal.getsignal(signal.SIGINT)
     main(["--data", "x", "--model", "smol", "--steps", "0", "--budgets", "12.5x50", "--modes", "mask", "--json", str(tmp_path / "e.json")])
     report, said = json.loads((tmp_path / "e.json").read_text()), capsys.readouterr()
     assert (report["steps"], report["stopped"], set(report["results"])) == (steps, stopped, {"full"} if stopped else {"full", "lora"})
@@ -89,7 +90,7 @@ def test_what_was_measured_before_ctrl_c_is_shown(tmp_path, monkeypatch, capsys,
         assert [row["setting"].endswith("reused") for row in rows] == [False] * 3 + [True] * (not stopped)
         assert {row["steps"] for row in rows[:3]} == {steps}
     assert ("stopped before the end" in said.out) == stopped and "stopping after this step" in said.err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.slow
