@@ -234,7 +234,7 @@ def draw(report: dict[str, Any], file: Path) -> None:
         axis.scatter([row["model"] for row in rows], places, marker="|", s=180, color=INK, label="1 / (c + k)")
         axis.axvline(1, color=INK, linewidth=0.8, linestyle=":")
         axis.set_yticks(places, [f"{row['setting'].removeprefix('Q-Tuning ')} {row['mode']}" for row in rows], fontsize=8)
-        axis.set_xlabel("times as fast as full data, scoring included")
+        axis.set_xlabel("times as fast as full data, scoring included", fontsize=9)
         axis.set_title(method)
         tidy(axis)
         axis.legend(loc="upper right", frameon=False, fontsize=8)
