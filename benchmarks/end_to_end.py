@@ -13,6 +13,7 @@ in the scoring pass (prune.reuse_forward), which saves more where training compu
 ends it after the step that all have taken; what was measured by then is shown.
 """
 
+import contextlib
 import json
 import math
 import shutil
@@ -127,31 +128,32 @@ class Session:
         self.folder.close()
 
 
-def run(config: Config, chosen: Sequence[Setting], folder: Path, say: Callable[[str], Any]) -> tuple[dict[str, Spent], bool]:
+def run(config: Config, chosen: Sequence[Setting], folder: Path, say: Callable[[str], Any], asked: Sequence[int]) -> tuple[dict[str, Spent], bool]:
     """{name and mode: what it spent}; the same step of all settings one after the other, in an order that turns from step to step.
 
-    Also whether it was stopped before its end (Ctrl-C, SIGTERM): after a step that all settings took, one that is measured at least.
+    Also whether all steps were taken. asked: not empty once somebody wants it to stop, which it does after a step that all settings took,
+    one that is measured at least. Raises KeyboardInterrupt where that is before the first step.
     """
-    console = Console(quiet=True)
-    sessions = {}
-    for setting in chosen:
-        key = key_of(setting)
-        own = setting.changes | {"run.folder": str(folder / key.replace(" ", "_").replace(",", "")), "train.epochs": float(setting.epochs)}
-        sessions[key] = Session(validate(override(config, own)), console)
-        say(f"{key}: compiled")
-    steps = {key: each.last for key, each in sessions.items()}
-    stopped = False
-    with stop_requested() as asked:
+    console, sessions, complete = Console(quiet=True), {}, True
+    with contextlib.ExitStack() as opened:
+        for setting in chosen:
+            if asked:
+                raise KeyboardInterrupt
+            key = key_of(setting)
+            own = setting.changes | {"run.folder": str(folder / key.replace(" ", "_").replace(",", "")), "train.epochs": float(setting.epochs)}
+            sessions[key] = Session(validate(override(config, own)), console)
+            opened.callback(sessions[key].close)
+            say(f"{key}: compiled")
+        steps = {key: each.last for key, each in sessions.items()}
         for number in range(max(steps.values())):
-            if stopped := bool(asked) and number > 1:
+            if asked and number > 1:
+                complete = False
                 break
             keys = [key for key in sessions if number < steps[key]]
             for key in keys[number % len(keys) :] + keys[: number % len(keys)]:
                 sessions[key].step(number)
                 say(f"{key}: step {number + 1} of {steps[key]}")
-    for each in sessions.values():
-        each.close()
-    return {key: each.spent for key, each in sessions.items()}, stopped
+    return {key: each.spent for key, each in sessions.items()}, complete
 
 
 def key_of(setting: Setting) -> str:
@@ -268,10 +270,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         jax.config.update("jax_compilation_cache_dir", cache)
         shutil.rmtree(out, ignore_errors=True)
-    early = ", stopped before the end" if report["stopped"] else ""
-    heading = f"{report['samples']} samples, {report['steps']} steps of {given['batch']}{early}; {report['machine']}"
     for method, rows in report["results"].items():
-        console.print(table(method, rows, heading))
+        measured = report["measured"][method]
+        early = "" if measured["complete"] else ", stopped before the end"
+        console.print(table(method, rows, f"{measured['samples']} samples, {measured['steps']} steps of {given['batch']}{early}; {report['machine']}"))
+    for method in given["methods"].split(","):
+        if method not in report["results"]:
+            console.print(f"{method}: stopped before it was measured")
     if given["json"]:
         Path(given["json"]).write_text(json.dumps(report, indent=1) + "\n")
     if given["picture"]:
@@ -288,22 +293,28 @@ def measure(given: dict[str, Any], chosen: Sequence[Setting], out: Path) -> dict
         "train.rows": given["rows"], "train.checkpoint_every": 10**6, "train.warmup_fraction": 0.0, "run.tensorboard": False,
         "run.export": False, "run.compile_cache": str(out / "compile_cache"),
     }  # fmt: skip
-    results, steps, samples = {}, 0, 0
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    results, measured = {}, {}
+    with stop_requested() as asked, Progress(console=Console(stderr=True), transient=True) as progress:
         for method in given["methods"].split(","):
             config = validate(override(Config(), common | METHODS[method]))
             use_compile_cache(config)
             task = progress.add_task(method, total=None)
-            spent, stopped = run(config, chosen, out / method, lambda text: progress.update(task, description=f"{method}, {text}", advance=1))
-            whole = [setting for setting in chosen if setting.epochs == 1 or not stopped]  # of three epochs a part says nothing
-            check(whole, spent)
-            results[method] = lines(whole, spent)
-            steps, samples = len(spent["full data"].cpu), sum(count for _, count in spent["full data"].kept)
-            if stopped:
+            try:
+                spent, complete = run(
+                    config, chosen, out / method, lambda text: progress.update(task, description=f"{method}, {text}", advance=1), asked
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                if not results:
+                    raise
                 break
-    return {
-        "settings": given, "machine": machine(), "jax": jax.__version__, "steps": steps, "samples": samples, "stopped": stopped, "results": results,
-    }  # fmt: skip
+            own = [setting for setting in chosen if setting.epochs == 1 or complete]  # of three epochs a part says nothing
+            check(own, spent)
+            results[method] = lines(own, spent)
+            kept = spent["full data"].kept
+            measured[method] = {"steps": len(kept), "samples": sum(count for _, count in kept), "complete": complete}
+            if asked:
+                break
+    return {"settings": given, "machine": machine(), "jax": jax.__version__, "measured": measured, "results": results}
 
 
 if __name__ == "__main__":

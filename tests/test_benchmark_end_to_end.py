@@ -2,6 +2,7 @@
 
 import json
 import signal
+from typing import ClassVar
 
 import pytest
 
@@ -60,37 +61,67 @@ def test_bad_flags_are_one_line(flags, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("at", "steps", "stopped"), [(0, 1, True), (2, 2, True), (3, 3, True), (11, 3, False)])
-def test_what_was_measured_before_ctrl_c_is_shown(tmp_path, monkeypatch, capsys, at, steps, stopped):
-    """Four steps an epoch, the first not measured. Asked to stop in step `at`, every setting takes it, and a measured one; scores that serve
-    three epochs have no line unless they did, and no other method is begun."""
+class Fake:
+    """A session of four steps an epoch, the first not measured; opened: methods of all that were opened; stop: (method, step) in which
+    somebody presses Ctrl-C, step -1: while it is compiled."""
 
-    class Fake:
-        def __init__(self, config, console):
-            self.last, self.spent, self.epochs = 4 * int(config.train.epochs), spent(1.0, 0.25, 10, steps=0), config.train.epochs
-            self.kept = 64 if config.prune.sample_pruner == "none" else 8
+    opened: ClassVar[list[str]] = []
+    stop = ("", 0)
 
-        def step(self, number):
-            if number == at and self.epochs == 3:
-                signal.raise_signal(signal.SIGINT)
-            if number % 4:
-                own = self.spent
-                own.cpu.append(1.0), own.wall.append(1.0), own.score_cpu.append(0.25), own.losses.append(1.0), own.kept.append((self.kept, 64))
-                own.tokens, own.slots, own.targets = own.tokens + 10, own.slots + 10, own.targets + 5
+    def __init__(self, config, console):
+        self.last, self.spent, self.epochs, self.method = 4 * int(config.train.epochs), spent(1.0, 0.25, 10, steps=0), config.train.epochs, config.overlay.method
+        self.kept = 64 if config.prune.sample_pruner == "none" else 8
+        self.opened.append(self.method)
+        self.press(-1)
 
-        def close(self):
-            pass
+    def press(self, number):
+        if (self.method, number) == self.stop and self.epochs == (3 if number >= 0 else 1):
+            signal.raise_signal(signal.SIGINT)
 
+    def step(self, number):
+        self.press(number)
+        if number % 4:
+            own = self.spent
+            own.cpu.append(1.0), own.wall.append(1.0), own.score_cpu.append(0.25), own.losses.append(1.0), own.kept.append((self.kept, 64))
+            own.tokens, own.slots, own.targets = own.tokens + 10, own.slots + 10, own.targets + 5
+
+    def close(self):
+        self.opened.remove(self.method)
+
+
+@pytest.mark.parametrize(
+    ("stop", "full", "lora"),
+    [
+        (("none", 0), (1, False), None), (("none", 2), (2, False), None), (("none", 3), (3, False), None), (("none", 11), (3, True), None),
+        (("lora", -1), (3, True), None), (("lora", 0), (3, True), (1, False)), (("lora", 11), (3, True), (3, True)), (("", 0), (3, True), (3, True)),
+    ],
+)  # fmt: skip
+def test_what_was_measured_before_ctrl_c_is_shown(tmp_path, monkeypatch, capsys, stop, full, lora):
+    """Asked to stop in a step, every setting takes it, and a measured one; scores that serve three epochs have no line unless they did; no
+    other method is begun, and what one gave is shown as it was. full, lora: (steps, complete)."""
     monkeypatch.setattr(end_to_end, "Session", Fake)
+    monkeypatch.setattr(Fake, "stop", stop)
     before = signal.getsignal(signal.SIGINT)
     main(["--data", "x", "--model", "smol", "--steps", "0", "--budgets", "12.5x50", "--modes", "mask", "--json", str(tmp_path / "e.json")])
     report, said = json.loads((tmp_path / "e.json").read_text()), capsys.readouterr()
-    assert (report["steps"], report["stopped"], set(report["results"])) == (steps, stopped, {"full"} if stopped else {"full", "lora"})
-    for rows in report["results"].values():
-        assert [row["setting"].endswith("reused") for row in rows] == [False] * 3 + [True] * (not stopped)
-        assert {row["steps"] for row in rows[:3]} == {steps}
-    assert ("stopped before the end" in said.out) == stopped and "stopping after this step" in said.err
-    assert signal.getsignal(signal.SIGINT) is before
+    wanted = {"full": full} | ({"lora": lora} if lora else {})
+    assert {method: (each["steps"], each["complete"]) for method, each in report["measured"].items()} == wanted
+    for method, (steps, complete) in wanted.items():
+        rows = report["results"][method]
+        assert [row["setting"].endswith("reused") for row in rows] == [False] * 3 + [True] * complete
+        assert {row["steps"] for row in rows[:3]} == {steps} and report["measured"][method]["samples"] == 64 * steps
+        assert f"{method}: {64 * steps} samples, {steps} steps of 64{'' if complete else ', stopped before the end'};" in said.out
+    assert ("lora: stopped before it was measured" in said.out) == (lora is None) and ("stopping after this step" in said.err) == (stop[0] != "")
+    assert signal.getsignal(signal.SIGINT) is before and not Fake.opened
+
+
+def test_ctrl_c_before_anything_is_measured_ends_it(monkeypatch):
+    """There is nothing to show."""
+    monkeypatch.setattr(end_to_end, "Session", Fake)
+    monkeypatch.setattr(Fake, "stop", ("none", -1))
+    with pytest.raises(KeyboardInterrupt):
+        main(["--data", "x", "--model", "smol", "--steps", "0", "--budgets", "12.5x50", "--modes", "mask"])
+    assert not Fake.opened
 
 
 @pytest.mark.slow
@@ -102,7 +133,7 @@ def test_a_whole_table_on_a_tiny_model(tmp_path, capsys):
     flags = ["--data", str(rows), "--model", "smol", "--batch", "16", "--steps", "0", "--budgets", "25x50", "--max-length", "64"]
     main([*flags, "--json", str(tmp_path / "e.json"), "--picture", str(tmp_path / "e.png")])
     report = json.loads((tmp_path / "e.json").read_text())
-    assert set(report["results"]) == {"full", "lora"} and report["samples"] == 24
+    assert set(report["results"]) == {"full", "lora"} and {each["samples"] for each in report["measured"].values()} == {24}
     for found in report["results"].values():
         assert [(r["setting"], r["steps"]) for r in found] == [
             ("full data", 2), ("Q-Tuning 25x50", 2), ("Q-Tuning 25x50", 2), ("Q-Tuning 25x50, one forward", 2), ("Q-Tuning 25x50, reused", 6),
