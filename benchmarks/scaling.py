@@ -10,8 +10,8 @@ Seconds per 1,000 tokens, of all cores (CPU) and of the clock; the compiler's te
 the process took by then, compilation included (scoring is compiled and run first). Every size has a process of its own. Within a panel
 they run in turn, round after round, so that what else the machine does falls on all of them; seconds are medians over the rounds.
 
-Of data: a JSONL file of so many rows is tokenized (qtjax.data.prepare.training_data) and read for an epoch in shuffled batches, as a
-loop reads it. "own": memory that belongs to no file (mapped files the system may drop), which should not grow with the rows.
+Of data: a JSONL file of so many rows is tokenized into files, as a run keeps them in its folder, and read for an epoch in shuffled
+batches, as a loop reads it. "own": memory that belongs to no file (mapped files the system may drop), which should not grow with the rows.
 
 Checked before any number is printed: two samples have the same loss in every program as by plain logits within 1e-4, sizes that
 share a model also the same loss and gradient norm; what is timed stays finite; an epoch reads every sample once, and the rows that

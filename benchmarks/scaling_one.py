@@ -19,8 +19,9 @@ import numpy as np
 from benchmarks.compiled import compilable
 from qtjax import models
 from qtjax.config import DataSection, MeshSection
+from qtjax.data.dataset import TokenizedDataset
 from qtjax.data.iterate import BatchPlan
-from qtjax.data.prepare import training_data
+from qtjax.data.prepare import keep_training_data
 from qtjax.data.tokenizer import load_tokenizer
 from qtjax.errors import QtjaxError, door
 from qtjax.parallel import make_mesh, replicated, rows_on_device
@@ -150,7 +151,8 @@ def data_size(given: dict[str, Any]) -> None:
     read every sample once."""
     tokenizer, before = load_tokenizer("smol"), memory()
     wall, cpu = time.perf_counter(), time.process_time()
-    dataset = training_data(DataSection(path=given["file"], max_length=given["length"], eval_fraction=0.0), tokenizer, progress=False)
+    data = DataSection(path=given["file"], max_length=given["length"], eval_fraction=0.0)
+    dataset = TokenizedDataset.load(keep_training_data(data, tokenizer, Path(given["file"]).parent / "run", progress=False))
     tokenized = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu} | memory()
     plan = BatchPlan(len(dataset), given["batch"])
     times, tokens, ids, first = np.zeros(len(dataset), np.int8), 0, 0, np.zeros(given["first"], np.int64)

@@ -90,6 +90,14 @@ def test_lora_of_a_tiny_model_on_three_axes():
     assert training["all-gather"] > moved(weighed.needs["scoring"])["all-gather"] > 0
 
 
+def test_offloaded_layers_inputs_are_not_in_the_device_s_memory(monkeypatch):
+    """64 layers keep 256 MiB of inputs, float32, of a row of 2,048 slots: more than all that remat offload leaves on a device."""
+    monkeypatch.setitem(TINY, "num_hidden_layers", 64)
+    changes = {"mesh.fsdp": 8, "data.max_length": 2048, "train.row_length": 2048}
+    _, weighed = tiny(**changes, **{"model.remat": "offload"})
+    assert weighed.needs["training"].temporaries < 3 / 4 * 64 * 2048 * 512 * 4
+
+
 def test_full_fine_tuning_of_mistral_7b_on_256_v5e():
     """fsdp 64 x tensor 4: weights, moments and gradient buffers are 4, 8 and 4 bytes a parameter over 256 chips, norms aside; each layer's
     quarter is gathered in bfloat16."""
