@@ -32,8 +32,8 @@ class ModelSection:
     )
 
     @property
-    def packed(self) -> str | None:
-        """What the layers' kernels are packed as, if they are."""
+    def quantized(self) -> str | None:
+        """What the layers' kernels are quantized to, if they are."""
         return None if self.quantization == "none" else self.quantization
 
 

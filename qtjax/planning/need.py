@@ -61,7 +61,7 @@ def abstract_run(config: Config, shape: ModelConfig, mesh: Mesh, steps: int = 10
     m = config.model
     shape = shape.replace(
         dtype=m.dtype, param_dtype=m.param_dtype, remat=m.remat, unroll_layers=models.unrolled(shape, m.unroll_layers),
-        quantization=m.packed, attention=_kernel(mesh, m.dtype),
+        quantization=m.quantized, attention=_kernel(mesh, m.dtype),
     )  # fmt: skip
     subject = Subject(shape, None if config.overlay.method == "none" else check_overlay(config, shape, steps))
     params = _laid(models.abstract_params(shape), param_shardings(shape, mesh))

@@ -55,7 +55,7 @@ def open_model(model: ModelSection, checkpoint: str = "", *, adapter: str = "", 
     else:
         config, params = load_pretrained(
             base, model.dtype, mesh=mesh, param_dtype=model.param_dtype, random_init=model.random_init and not checkpoint,
-            quantization=model.packed,
+            quantization=model.quantized,
         )  # fmt: skip
     if adapter:
         if overlay is not None:

@@ -39,7 +39,7 @@ def load_model(config: Config, mesh: Mesh, total_steps: int = 0) -> Model:
     key = jax.random.key(config.train.seed)
     model_config, params = load_pretrained(
         m.path, m.dtype, mesh=mesh, param_dtype=m.param_dtype, random_init=m.random_init, key=jax.random.fold_in(key, 1),
-        quantization=m.packed,
+        quantization=m.quantized,
     )  # fmt: skip
     model_config = model_config.replace(remat=m.remat, unroll_layers=models.unrolled(model_config, m.unroll_layers))
     overlay = new_overlay(config, model_config, params, jax.random.fold_in(key, 2), total_steps)
@@ -83,7 +83,7 @@ def check_overlay(config: Config, shape: models.ModelConfig, total_steps: int = 
     fields = overlay_fields(config.overlay, total_steps)
     if method_named(config.overlay.method).in_parts:
         fields["adapters"] = len(expert_folders(config))
-    return abstract_overlay(config.overlay.method, shape.replace(quantization=config.model.packed), **fields)
+    return abstract_overlay(config.overlay.method, shape.replace(quantization=config.model.quantized), **fields)
 
 
 def expert_folders(config: Config) -> list[str]:
