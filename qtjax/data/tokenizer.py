@@ -1,5 +1,6 @@
 """Tokenizers: loaded by transformers from a model folder, never with code from that folder."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ EMBEDDED = "smol"
 
 # Files of which at least one makes a folder a tokenizer's.
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+_AS_WRITTEN = ("TokenizersBackend", "PreTrainedTokenizerFast")  # classes, one in transformers 5, that add nothing to tokenizer.json
 
 
 def load_tokenizer(path: str) -> Any:
@@ -37,10 +39,13 @@ def load_tokenizer(path: str) -> Any:
         give_up_early()
     # transformers remarks on every start that torch is missing; here nothing needs it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
+    if _as_written(folder):
+        from transformers import PreTrainedTokenizerFast as loader
+    else:
+        from transformers import AutoTokenizer as loader
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else path, trust_remote_code=False)
+        tokenizer = loader.from_pretrained(str(folder) if folder.is_dir() else path, trust_remote_code=False)
     except Exception as error:  # damaged files, the hub client and the converters each raise their own classes
         reason = " ".join(str(error).split())[:200]
         remedy = "the tokenizer's files are damaged or of an unknown kind" if folder.is_dir() else (
@@ -51,6 +56,19 @@ def load_tokenizer(path: str) -> Any:
     if not getattr(tokenizer, "is_fast", False):
         raise QtjaxError(f"{name}: its tokenizer has no tokenizer.json form, which spans of trained text need; convert it with transformers")
     return tokenizer
+
+
+def _as_written(folder: Path) -> bool:
+    """Whether a folder's tokenizer is its tokenizer.json and nothing else, for which AutoTokenizer need not look through its rules.
+
+    Its import takes a second or two, for it brings torch where that is installed.
+    """
+    try:
+        said = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    whole = (folder / "tokenizer.json").is_file() and not (folder / "tekken.json").exists()
+    return whole and isinstance(said, dict) and said.get("tokenizer_class") in _AS_WRITTEN and "auto_map" not in said
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int, input_ids: np.ndarray | None = None) -> None:

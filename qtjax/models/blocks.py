@@ -67,7 +67,6 @@ class _Heads:
         self.block = shape.block
         (self.batch, self.length, self.heads, self.dim), self.kv_heads = q.shape, k.shape[2]
         self.blocks, self.group = self.length // self.block, self.heads // self.kv_heads
-        self.extents = _extents(self.blocks)
 
     def queries(self, x_BLHC: Array) -> Array:
         """[B K, blocks, G Q, C]"""
@@ -96,14 +95,16 @@ class _Heads:
         """[B, ...] repeated for every key/value head: [B K, ...]."""
         return jnp.repeat(x, self.kv_heads, axis=0)
 
-    def choose(self, i: Array, lowest: Array, run: Callable[..., Any], *carry: Any) -> Any:
-        """run(first slot, number of slots, *carry) over the fewest compiled key extents that hold blocks lowest..i."""
-        which = sum((i + 1 - lowest > extent).astype(jnp.int32) for extent in self.extents[:-1])
-        branches = [
-            lambda *carry, extent=extent: run(jnp.maximum(i + 1 - extent, 0) * self.block, extent * self.block, *carry)
-            for extent in self.extents
-        ]
-        return lax.switch(which, branches, *carry) if len(branches) > 1 else branches[0](*carry)
+
+def _choose(block: int, blocks: int, i: Array, lowest: Array, run: Callable[..., Any], *carry: Any) -> Any:
+    """run(first slot, number of slots, *carry) over the fewest compiled key extents that hold blocks lowest..i."""
+    extents = _extents(blocks)
+    which = sum((i + 1 - lowest > extent).astype(jnp.int32) for extent in extents[:-1])
+    branches = [
+        lambda *carry, extent=extent: run(jnp.maximum(i + 1 - extent, 0) * block, extent * block, *carry)
+        for extent in extents
+    ]
+    return lax.switch(which, branches, *carry) if len(branches) > 1 else branches[0](*carry)
 
 
 def _extents(blocks: int) -> list[int]:
@@ -120,7 +121,7 @@ def _product(a: Array, b: Array) -> Array:
     return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _scores(shape: _Shape, group: int, q_RC: Array, k_CS: Array, queries: tuple[Array, Array], keys: tuple[Array, Array]) -> Array:
+def _scores(shape: _Shape, q_RC: Array, k_CS: Array, queries: tuple[Array, Array], keys: tuple[Array, Array]) -> Array:
     """float32 [R, S'], `_HIDDEN` where a query does not see a key; queries and keys are (segments, slots) of their sides."""
     scores = _product(q_RC, k_CS) * q_RC.shape[-1] ** -0.5
     (own, at), (theirs, slot) = queries, keys
@@ -128,7 +129,7 @@ def _scores(shape: _Shape, group: int, q_RC: Array, k_CS: Array, queries: tuple[
     sees = (distance >= 0) & (own[:, None] == theirs[None, :]) & (theirs != 0)[None, :]
     if shape.window is not None:
         sees &= distance < shape.window
-    return jnp.where(jnp.tile(sees, (group, 1)), scores, _HIDDEN)
+    return jnp.where(jnp.tile(sees, (len(q_RC) // shape.block, 1)), scores, _HIDDEN)
 
 
 def _forward(shape: _Shape, q, k, v, segment, lowest):
@@ -136,29 +137,34 @@ def _forward(shape: _Shape, q, k, v, segment, lowest):
     # each query of each head sees, [B, H, L, S'] for every extent. Tied to the queries it stays where it is formed and used.
     q, segment, lowest = lax.optimization_barrier((q, segment, lowest))
     heads = _Heads(shape, q, k)
-
-    def head(given):
-        queries_n, k_CL, v_LC, segment_L, lowest_n = given
-
-        def block(given):
-            i, q_RC, low = given
-
-            def run(begin, size):
-                k_CS, v_SC = _cut(k_CL, begin, size, 1), _cut(v_LC, begin, size, 0)
-                scores = _scores(shape, heads.group, q_RC, k_CS, *_who(i, begin, size, heads.block, segment_L))
-                top = scores.max(axis=1, keepdims=True)
-                p = jnp.exp(scores - top)
-                total = p.sum(axis=1, keepdims=True)
-                return (_product(p.astype(v.dtype), v_SC) / total).astype(q.dtype), top + jnp.log(total)
-
-            return heads.choose(i, low, run)
-
-        return lax.map(block, (jnp.arange(heads.blocks), queries_n, lowest_n))
-
-    out, log_sum = lax.map(head, (heads.queries(q), heads.lying(k), heads.keys(v), heads.each(segment), heads.each(lowest)))
+    given = (heads.queries(q), heads.lying(k), heads.keys(v), heads.each(segment), heads.each(lowest))
+    out, log_sum = lax.map(partial(_head, shape), given)
     # Named, so that a remat policy can keep these two and need not run the loop again.
     out, log_sum = checkpoint_name(heads.rows(out), "attention"), checkpoint_name(log_sum, "attention")
     return out, (q, k, v, segment, lowest, out, log_sum)
+
+
+# jit here and below: one trace for all programs of a run, whatever their rows.
+@partial(jax.jit, static_argnums=0)
+def _head(shape: _Shape, given):
+    """One key/value head of one row: its queries' averages and the logs of their sums, block after block."""
+    queries_n, k_CL, v_LC, segment_L, lowest_n = given
+    blocks = len(queries_n)
+
+    def block(given):
+        i, q_RC, low = given
+
+        def run(begin, size):
+            k_CS, v_SC = _cut(k_CL, begin, size, 1), _cut(v_LC, begin, size, 0)
+            scores = _scores(shape, q_RC, k_CS, *_who(i, begin, size, shape.block, segment_L))
+            top = scores.max(axis=1, keepdims=True)
+            p = jnp.exp(scores - top)
+            total = p.sum(axis=1, keepdims=True)
+            return (_product(p.astype(v_LC.dtype), v_SC) / total).astype(q_RC.dtype), top + jnp.log(total)
+
+        return _choose(shape.block, blocks, i, low, run)
+
+    return lax.map(block, (jnp.arange(blocks), queries_n, lowest_n))
 
 
 _cut = lax.dynamic_slice_in_dim
@@ -174,34 +180,37 @@ def _backward(shape: _Shape, kept, dout):
     q, k, v, segment, lowest, out, log_sum = kept
     heads = _Heads(shape, q, k)
     pull = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)  # what the softmax's own slope takes off
-
-    def head(given):
-        queries_n, k_LC, k_CL, v_CL, segment_L, lowest_n, slopes_n, pulls_n, log_sums_n = given
-
-        def block(carry, given):
-            i, q_RC, low, dy_RC, pull_R1, log_sum_R1 = given
-
-            def run(begin, size, dk_CL, dv_CL):
-                k_CS, k_SC, v_CS = _cut(k_CL, begin, size, 1), _cut(k_LC, begin, size, 0), _cut(v_CL, begin, size, 1)
-                scores = _scores(shape, heads.group, q_RC, k_CS, *_who(i, begin, size, heads.block, segment_L))
-                p = jnp.exp(scores - log_sum_R1)
-                ds = (p * (_product(dy_RC, v_CS) - pull_R1) * heads.dim**-0.5).astype(q.dtype)
-                dk_CL, dv_CL = _added(dk_CL, begin, _product(q_RC.T, ds)), _added(dv_CL, begin, _product(dy_RC.T, p.astype(q.dtype)))
-                return (dk_CL, dv_CL), _product(ds, k_SC).astype(q.dtype)
-
-            return heads.choose(i, low, run, *carry)
-
-        zeros = jnp.zeros((heads.dim, heads.length), jnp.float32)
-        items = (jnp.arange(heads.blocks), queries_n, lowest_n, slopes_n, pulls_n, log_sums_n)
-        (dk, dv), dq = lax.scan(block, (zeros, zeros), items)
-        return dq, dk.astype(k.dtype), dv.astype(v.dtype)
-
     given = (
         heads.queries(q), heads.keys(k), heads.lying(k), heads.lying(v), heads.each(segment), heads.each(lowest),
         heads.queries(dout.astype(q.dtype)), heads.queries(pull), log_sum,
     )  # fmt: skip
-    dq, dk, dv = lax.map(head, given)
+    dq, dk, dv = lax.map(partial(_head_slopes, shape), given)
     return heads.rows(dq), heads.slots(dk), heads.slots(dv), None, None
+
+
+@partial(jax.jit, static_argnums=0)
+def _head_slopes(shape: _Shape, given):
+    """One key/value head of one row: gradients of its queries, keys and values."""
+    queries_n, k_LC, k_CL, v_CL, segment_L, lowest_n, slopes_n, pulls_n, log_sums_n = given
+    blocks = len(queries_n)
+
+    def block(carry, given):
+        i, q_RC, low, dy_RC, pull_R1, log_sum_R1 = given
+
+        def run(begin, size, dk_CL, dv_CL):
+            k_CS, k_SC, v_CS = _cut(k_CL, begin, size, 1), _cut(k_LC, begin, size, 0), _cut(v_CL, begin, size, 1)
+            scores = _scores(shape, q_RC, k_CS, *_who(i, begin, size, shape.block, segment_L))
+            p = jnp.exp(scores - log_sum_R1)
+            ds = (p * (_product(dy_RC, v_CS) - pull_R1) * q_RC.shape[-1] ** -0.5).astype(q_RC.dtype)
+            dk_CL, dv_CL = _added(dk_CL, begin, _product(q_RC.T, ds)), _added(dv_CL, begin, _product(dy_RC.T, p.astype(q_RC.dtype)))
+            return (dk_CL, dv_CL), _product(ds, k_SC).astype(q_RC.dtype)
+
+        return _choose(shape.block, blocks, i, low, run, *carry)
+
+    zeros = jnp.zeros(k_CL.shape, jnp.float32)
+    items = (jnp.arange(blocks), queries_n, lowest_n, slopes_n, pulls_n, log_sums_n)
+    (dk, dv), dq = lax.scan(block, (zeros, zeros), items)
+    return dq, dk.astype(k_LC.dtype), dv.astype(v_CL.dtype)
 
 
 def _added(total_CL: Array, begin: Array, part_CS: Array) -> Array:

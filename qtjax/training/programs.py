@@ -1,8 +1,10 @@
 """Every compiled program of a run, compiled before the first step: after that a new shape is an error, not a stall."""
 
+import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -190,7 +192,7 @@ class Programs:
             on_done(name)
             return done
 
-        with ThreadPoolExecutor(2) as pool:  # XLA compiles outside Python's lock
+        with _uncollected(), ThreadPoolExecutor(2) as pool:  # XLA compiles outside Python's lock
             compiled = dict(zip(jobs, pool.map(compile_one, jobs)))
         self.count = len(compiled)
         self.uses_rng = _draws(subject)
@@ -203,6 +205,19 @@ class Programs:
         self.place = {rows: compiled[f"place {rows}"] for rows in shapes if f"place {rows}" in compiled}
         self.unscored, self.choose, self.decide = (compiled.get(name) for name in ("unscored", "choose", "decide"))
         self.zeros, self.update, self.skip = compiled["zeros"], compiled["update"], compiled["skip"]
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Python's garbage collector off: a trace makes a million objects and hardly a cycle, and the collector goes through all of them
+    time and again, an eighth of the seconds that compiling from a warm cache takes."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:

@@ -1,10 +1,12 @@
 """How the programs of a run are compiled."""
 
+import gc
 import threading
 import time
 
 import jax
 import numpy as np
+import pytest
 
 from qtjax.config import Config, override
 from qtjax.models import ModelConfig, abstract_params
@@ -66,3 +68,17 @@ def test_a_step_hands_over_as_many_arrays_whatever_the_depth():
     """Layers are stacked: what Python does in a step, an array at a time, does not grow with the model."""
     counts = {len(jax.tree.leaves(abstract_params(SHAPE.replace(num_hidden_layers=layers)))) for layers in (2, 32)}
     assert len(counts) == 1 and counts.pop() < 20
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(on):
+    """Off while programs are compiled, then as before, also where the compiler fails."""
+    before = gc.isenabled()
+    try:
+        (gc.enable if on else gc.disable)()
+        with pytest.raises(ZeroDivisionError), programs._uncollected():
+            assert not gc.isenabled()
+            raise ZeroDivisionError
+        assert gc.isenabled() == on
+    finally:
+        (gc.enable if before else gc.disable)()
