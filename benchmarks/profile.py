@@ -1,11 +1,12 @@
-"""Where a training step's time goes, and what each way of computing it is worth: one change at a time, on one packed microbatch.
+"""Where a step's time goes, and what each way of computing it is worth: one change at a time, on one packed microbatch; one way of
+laying a step's samples out for scoring at a time.
 
     python -m benchmarks.profile                                    # the 15M LLaMA, 8 rows of 512
     python -m benchmarks.profile --model FOLDER --length 256 --rounds 9 --json profile.json
 
 CPU seconds of the process (all threads) on a CPU, wall clock on an accelerator; medians of rounds in which all variants take turns. "At the
 matrix rate" is what the part's FLOPs would take at the rate of a large product measured in the same run. Every variant's loss and gradient
-are compared with the plain one's before a number is printed.
+are compared with the plain one's before a number is printed, every layout's nll with the packed one's.
 """
 
 import json
@@ -30,15 +31,19 @@ from benchmarks.machine import machine
 from benchmarks.peers.inputs import SMALL, small_shape
 from qtjax import models
 from qtjax.checkpoints import read_config, resolve_folder
+from qtjax.data.packing import PackedRows, Sample, fill_rows, pack
 from qtjax.errors import QtjaxError, door
 from qtjax.flags import parse_flags
 from qtjax.models.attention import rope_tables, rotate
 from qtjax.models.blocks import blockwise, first_slots
 from qtjax.pages import with_own_pages
 from qtjax.scoring import head_loss, token_scores
+from qtjax.training.score import score_rows
 from qtjax.tree import flatten
 
 SEGMENTS = 3  # samples that share a row
+STEP = 64  # samples of a step whose scoring is laid out
+BUCKETS = (4, 8, 1)  # lengths of rows of one sample; 1: all as long as a packed row
 CLOSE = {"float32": 2e-4, "bfloat16": 0.08}  # of a gradient's norm: float32 sums in another order; eight bits of bfloat16 in six layers
 
 
@@ -188,7 +193,59 @@ def measure(config: models.ModelConfig, batch: int, length: int, rounds: int, co
             for name, spent in by_variant.items()
         ],
         "parts": [{"name": name, "seconds": statistics.median(spent), "flops": own[name][2]} for name, spent in by_part.items()],
+        "layouts": measure_layouts(config, params, batch, length, rounds),
     }  # fmt: skip
+
+
+def samples_of(count: int, length: int, vocab: int) -> list[Sample]:
+    """Samples of random tokens whose lengths are log-normal, half of them below three eighths of a row, none above one; half answer."""
+    random = np.random.default_rng(1)
+    sizes = np.clip(random.lognormal(np.log(3 * length / 8), 0.4, count), 2, length).astype(int)
+    return [Sample(random.integers(0, vocab, size, np.int32), np.arange(size) >= size // 2, np.arange(size, dtype=np.int32)) for size in sizes]
+
+
+def launched(samples: Sequence[Sample], bins: Sequence[Sequence[int]], slots: int, length: int) -> list[PackedRows]:
+    """Rows of one length in as few launches of at most so many slots as they take, all of one shape with hardly an empty row."""
+    count = -(-len(bins) // max(slots // length, 1))
+    rows = -(-len(bins) // count)
+    return [fill_rows(samples, bins[at : at + rows], rows, length) for at in range(0, len(bins), rows)]
+
+
+def layouts(samples: Sequence[Sample], rows: int, length: int) -> dict[str, list[PackedRows]]:
+    """{name: launches of about rows * length slots}: packed as qtjax does it, and a sample a row in rows of one or several lengths."""
+    sizes = np.asarray([len(sample.input_ids) for sample in samples])
+    out = {"packed": launched(samples, pack(sizes, length), rows * length, length)}
+    for count in BUCKETS:
+        multiple = -(-length // count)
+        bucket = -(-sizes // multiple)
+        of = {int(b): [[int(i)] for i in np.flatnonzero(bucket == b)] for b in np.unique(bucket)}
+        name = f"a sample a row, {count} lengths" if count > 1 else "a sample a row, one length"
+        out[name] = [launch for b, bins in of.items() for launch in launched(samples, bins, rows * length, b * multiple)]
+    return out
+
+
+def measure_layouts(config: models.ModelConfig, params: Any, batch: int, length: int, rounds: int) -> list[dict[str, Any]]:
+    """The third table's rows: the scoring pass of STEP samples by layout. Raises QtjaxError where a sample's nll depends on it."""
+    own = as_run(config)
+    ways = layouts(samples_of(STEP, length, config.vocab_size), batch, length)
+    names = ("input_ids", "loss_mask", "position_ids", "segment_ids")
+    scored = jax.jit(lambda params, rows: score_rows(own, params, None, rows)[0])
+    given = {way: [{name: getattr(launch, name) for name in names} for launch in launches] for way, launches in ways.items()}
+    programs = {way: (lambda params, launches: [scored(params, rows) for rows in launches], (params, launches)) for way, launches in given.items()}
+    sums = {}
+    for way, launches in ways.items():
+        sums[way] = np.zeros(STEP)
+        for launch, nll in zip(launches, programs[way][0](*programs[way][1])):
+            np.add.at(sums[way], launch.sample[launch.loss_mask], np.asarray(nll)[launch.loss_mask])
+        if not np.allclose(sums[way], sums["packed"], rtol=CLOSE[config.dtype]):
+            raise QtjaxError(f"{way}: a sample's nll is not what it is in packed rows: {np.abs(sums[way] / sums['packed'] - 1).max():.2g} of it apart")
+    spent = take_turns(programs, rounds)
+    return [
+        {"name": way, "seconds": statistics.median(spent[way]), "ratio": statistics.median(a / b for a, b in zip(spent[way], spent["packed"])),
+         "shapes": len({launch.input_ids.shape for launch in launches}), "launches": len(launches),
+         "fill": sum(int((x.segment_ids > 0).sum()) for x in launches) / sum(x.segment_ids.size for x in launches)}
+        for way, launches in ways.items()
+    ]  # fmt: skip
 
 
 def check(results: dict[str, tuple[jax.Array, Any]]) -> None:
@@ -203,7 +260,7 @@ def check(results: dict[str, tuple[jax.Array, Any]]) -> None:
 
 
 def tables(report: dict[str, Any]) -> list[Table]:
-    """Where the time goes; one change at a time."""
+    """Where the time goes; one change at a time; one layout of a scoring pass at a time."""
     heading = f"{report['parameters']:,} parameters, {report['rows']} rows x {report['length']}, {report['targets']:,.0f} targets; {report['machine']}"
     first = Table(title=heading, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left")
     for name in ("part", report["clock"], "GFLOP", "at the matrix rate"):
@@ -217,7 +274,12 @@ def tables(report: dict[str, Any]) -> list[Table]:
         second.add_column(name, justify="left" if name == "variant" else "right")
     for row in report["variants"]:
         second.add_row(row["name"], f"{row['seconds']:.2f}", f"{row['ratio']:.2f}", f"{row['temporaries'] / 2**20:,.0f}")
-    return [first, second]
+    third = Table(title=f"scoring {STEP} samples", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left")
+    for name in ("layout", report["clock"], "ratio to packed", "fill", "launches", "shapes"):
+        third.add_column(name, justify="left" if name == "layout" else "right")
+    for row in report["layouts"]:
+        third.add_row(row["name"], f"{row['seconds']:.2f}", f"{row['ratio']:.2f}", f"{row['fill']:.1%}", str(row["launches"]), str(row["shapes"]))
+    return [first, second, third]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,13 +1,16 @@
-"""The profile: both tables on a tiny model, and a variant that computes something else is refused."""
+"""The profile: its tables on a tiny model, and a variant that computes something else is refused."""
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import profile
+from qtjax import models
 from qtjax.errors import QtjaxError
+from qtjax.training.score import score_rows
 
 
 def test_rows_hold_whole_samples_whose_second_half_is_answer():
@@ -29,6 +32,45 @@ def test_a_variant_that_strays_is_refused():
         profile.check({"plain attention and all logits": plain, "qtjax": (jnp.float32(3), plain[1])})
 
 
+def test_every_layout_holds_every_sample_once():
+    """Packed and alone, in rows of one length and of several: the same tokens, launches of no more slots than asked, at most one row
+    too many for each of a length's launches; alone means one segment a row, in the shortest of the lengths."""
+    samples = profile.samples_of(64, 80, 50)
+    sizes = np.asarray([len(s.input_ids) for s in samples])
+    assert sizes.max() <= 80 and abs(np.median(sizes) - 30) < 6
+    ways = profile.layouts(samples, 4, 80)
+    fill = {}
+    for way, launches in ways.items():
+        assert all(x.input_ids.size <= 4 * 80 for x in launches)
+        owner = np.concatenate([x.sample[x.segment_ids > 0] for x in launches])
+        np.testing.assert_array_equal(np.bincount(owner, minlength=64), sizes)
+        ids = np.concatenate([x.input_ids[x.sample == 7] for x in launches])
+        np.testing.assert_array_equal(ids, samples[7].input_ids)
+        if way != "packed":
+            assert max(x.segment_ids.max() for x in launches) == 1
+            count = 1 if way.endswith("one length") else int(way.split(",")[1].split()[0])
+            for x in launches:
+                used = (x.segment_ids > 0).sum(axis=1)
+                assert (used[used > 0] > x.input_ids.shape[1] - 80 // count).all()
+        fill[way] = len(owner) / sum(x.segment_ids.size for x in launches)
+    assert list(fill) == ["packed", "a sample a row, 4 lengths", "a sample a row, 8 lengths", "a sample a row, one length"]
+    assert fill["packed"] > 0.85 and fill["a sample a row, one length"] < 0.5
+
+
+def test_a_layout_that_changes_a_score_is_refused(monkeypatch):
+    """Samples that see each other where they share a row have another nll than alone: the layout's name, no table."""
+    config = models.ModelConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8
+    )
+    params = models.init_params(config, jax.random.key(0))
+    measured = profile.measure_layouts(config, params, 4, 40, 1)
+    assert [row["ratio"] for row in measured][0] == 1 and all(row["seconds"] > 0 for row in measured)
+    blind = lambda own, params, overlay, rows: score_rows(own, params, overlay, rows | {"segment_ids": jnp.ones_like(rows["segment_ids"])})  # noqa: E731
+    monkeypatch.setattr(profile, "score_rows", blind)
+    with pytest.raises(QtjaxError, match="^a sample a row, 4 lengths: a sample's nll is not what it is in packed rows"):
+        profile.measure_layouts(config, params, 4, 40, 1)
+
+
 @pytest.mark.parametrize("flags", [["--rounds", "0"], ["--rows", "-1"]])
 def test_bad_flags_are_one_line(flags):
     """Sizes below one are refused before anything is compiled."""
@@ -37,11 +79,11 @@ def test_bad_flags_are_one_line(flags):
 
 
 @pytest.mark.slow
-def test_both_tables_of_a_small_model(tmp_path, capsys):
+def test_all_tables_of_a_small_model(tmp_path, capsys):
     """The whole command: every part and every variant has seconds, and the matrix rate is a number."""
     profile.main(["--model", "smol", "--rows", "2", "--length", "60", "--rounds", "2", "--json", str(tmp_path / "p.json")])
     report = json.loads((tmp_path / "p.json").read_text())
     assert report["matrix_flops_per_second"] > 0 and len(report["parts"]) == 5 and len(report["variants"]) == 11
-    assert all(row["seconds"] > 0 for row in [*report["parts"], *report["variants"]])
+    assert all(row["seconds"] > 0 for row in [*report["parts"], *report["variants"], *report["layouts"]]) and len(report["layouts"]) == 4
     assert report["variants"][0]["name"] == "qtjax" and report["variants"][0]["ratio"] == 1
     assert "at the matrix rate" in capsys.readouterr().out
