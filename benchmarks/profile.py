@@ -31,6 +31,7 @@ from benchmarks.machine import machine
 from benchmarks.peers.inputs import SMALL, small_shape
 from qtjax import models
 from qtjax.checkpoints import read_config, resolve_folder
+from qtjax.config import TrainSection
 from qtjax.data.packing import PackedRows, Sample, fill_rows, pack
 from qtjax.errors import QtjaxError, door
 from qtjax.flags import parse_flags
@@ -38,12 +39,13 @@ from qtjax.models.attention import rope_tables, rotate
 from qtjax.models.blocks import blockwise, first_slots
 from qtjax.pages import with_own_pages
 from qtjax.scoring import head_loss, token_scores
+from qtjax.training.ladder import cut, ladder
 from qtjax.training.score import score_rows
 from qtjax.tree import flatten
 
 SEGMENTS = 3  # samples that share a row
 STEP = 64  # samples of a step whose scoring is laid out
-BUCKETS = (4, 8, 1)  # lengths of rows of one sample; 1: all as long as a packed row
+BUCKETS = (4, 8, 16, 1)  # lengths of rows of one sample; 1: all as long as a packed row
 CLOSE = {"float32": 2e-4, "bfloat16": 0.08}  # of a gradient's norm: float32 sums in another order; eight bits of bfloat16 in six layers
 
 
@@ -166,7 +168,7 @@ def take_turns(programs: dict[str, tuple[Any, tuple[Any, ...]]], rounds: int) ->
 
 
 def measure(config: models.ModelConfig, batch: int, length: int, rounds: int, console: Console) -> dict[str, Any]:
-    """Both tables' numbers. Raises QtjaxError where a variant's loss or gradient strays from the plain one's."""
+    """The tables' numbers. Raises QtjaxError where a variant's loss or gradient strays from the plain one's, or a score from packed rows'."""
     params = models.init_params(config, jax.random.key(0))
     rows = packed_rows(batch, length, config.vocab_size)
     compiled, temporaries = {}, {}
@@ -177,6 +179,7 @@ def measure(config: models.ModelConfig, batch: int, length: int, rounds: int, co
             program = jax.jit(jax.value_and_grad(lambda params, run=function: run(params))).lower(params).compile()
         compiled[name], temporaries[name] = (program, (params,)), program.memory_analysis().temp_size_in_bytes
     check({name: program(*given) for name, (program, given) in compiled.items()})
+    by_layout = measure_layouts(config, params, batch, length, rounds)
     own = parts(config, rows, params)
     pieces = {name: (jax.jit(f).lower(*given).compile(), given) for name, (f, given, _) in own.items()}
     square = jax.random.normal(jax.random.key(1), (2048, 2048), jnp.dtype(config.dtype))
@@ -193,7 +196,7 @@ def measure(config: models.ModelConfig, batch: int, length: int, rounds: int, co
             for name, spent in by_variant.items()
         ],
         "parts": [{"name": name, "seconds": statistics.median(spent), "flops": own[name][2]} for name, spent in by_part.items()],
-        "layouts": measure_layouts(config, params, batch, length, rounds),
+        "layouts": by_layout,
     }  # fmt: skip
 
 
@@ -204,23 +207,28 @@ def samples_of(count: int, length: int, vocab: int) -> list[Sample]:
     return [Sample(random.integers(0, vocab, size, np.int32), np.arange(size) >= size // 2, np.arange(size, dtype=np.int32)) for size in sizes]
 
 
-def launched(samples: Sequence[Sample], bins: Sequence[Sequence[int]], slots: int, length: int) -> list[PackedRows]:
-    """Rows of one length in as few launches of at most so many slots as they take, all of one shape with hardly an empty row."""
-    count = -(-len(bins) // max(slots // length, 1))
-    rows = -(-len(bins) // count)
-    return [fill_rows(samples, bins[at : at + rows], rows, length) for at in range(0, len(bins), rows)]
+def launched(samples: Sequence[Sample], bins: Sequence[Sequence[int]], launches: Sequence[int], length: int) -> list[PackedRows]:
+    """Rows of one length, so many in each launch; what the last one lacks is empty."""
+    ends = np.cumsum(launches)
+    return [fill_rows(samples, bins[end - rows : end], rows, length) for rows, end in zip(launches, ends)]
 
 
 def layouts(samples: Sequence[Sample], rows: int, length: int) -> dict[str, list[PackedRows]]:
-    """{name: launches of about rows * length slots}: packed as qtjax does it, and a sample a row in rows of one or several lengths."""
+    """{name: launches of at most rows * length slots}: packed as a run does it, and a sample a row in rows of one or several lengths.
+
+    For these launches are as large as their rows ask for, so that hardly a row is empty, which a run, whose shapes are few, could not do.
+    """
     sizes = np.asarray([len(sample.input_ids) for sample in samples])
-    out = {"packed": launched(samples, pack(sizes, length), rows * length, length)}
+    bins = pack(sizes, length)
+    out = {"packed": launched(samples, bins, cut(len(bins), ladder(rows, 1, TrainSection.shapes)), length)}
     for count in BUCKETS:
         multiple = -(-length // count)
         bucket = -(-sizes // multiple)
-        of = {int(b): [[int(i)] for i in np.flatnonzero(bucket == b)] for b in np.unique(bucket)}
-        name = f"a sample a row, {count} lengths" if count > 1 else "a sample a row, one length"
-        out[name] = [launch for b, bins in of.items() for launch in launched(samples, bins, rows * length, b * multiple)]
+        launches = out[f"a sample a row, {count} length{'s' * (count > 1)}"] = []
+        for b in np.unique(bucket):
+            alone = [[int(i)] for i in np.flatnonzero(bucket == b)]
+            times = -(-len(alone) // (rows * length // (b * multiple)))
+            launches += launched(samples, alone, [-(-len(alone) // times)] * times, int(b) * multiple)
     return out
 
 
@@ -229,16 +237,19 @@ def measure_layouts(config: models.ModelConfig, params: Any, batch: int, length:
     own = as_run(config)
     ways = layouts(samples_of(STEP, length, config.vocab_size), batch, length)
     names = ("input_ids", "loss_mask", "position_ids", "segment_ids")
-    scored = jax.jit(lambda params, rows: score_rows(own, params, None, rows)[0])
-    given = {way: [{name: getattr(launch, name) for name in names} for launch in launches] for way, launches in ways.items()}
-    programs = {way: (lambda params, launches: [scored(params, rows) for rows in launches], (params, launches)) for way, launches in given.items()}
-    sums = {}
+    one = jax.jit(lambda params, rows: score_rows(own, params, None, rows)[0])
+
+    def scored(params: Any, launches: list[dict[str, np.ndarray]]) -> list[jax.Array]:
+        return [one(params, rows) for rows in launches]
+
+    programs = {way: (scored, (params, [{name: getattr(x, name) for name in names} for x in launches])) for way, launches in ways.items()}
+    sums = {way: np.zeros(STEP) for way in ways}
     for way, launches in ways.items():
-        sums[way] = np.zeros(STEP)
-        for launch, nll in zip(launches, programs[way][0](*programs[way][1])):
+        for launch, nll in zip(launches, scored(*programs[way][1])):
             np.add.at(sums[way], launch.sample[launch.loss_mask], np.asarray(nll)[launch.loss_mask])
-        if not np.allclose(sums[way], sums["packed"], rtol=CLOSE[config.dtype]):
-            raise QtjaxError(f"{way}: a sample's nll is not what it is in packed rows: {np.abs(sums[way] / sums['packed'] - 1).max():.2g} of it apart")
+        apart = np.abs(sums[way] / sums["packed"] - 1).max()
+        if not apart < CLOSE.get(config.dtype, CLOSE["bfloat16"]):
+            raise QtjaxError(f"{way}: a sample's nll is not what it is in packed rows: {apart:.2g} of it apart")
     spent = take_turns(programs, rounds)
     return [
         {"name": way, "seconds": statistics.median(spent[way]), "ratio": statistics.median(a / b for a, b in zip(spent[way], spent["packed"])),

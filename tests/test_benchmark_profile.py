@@ -9,7 +9,9 @@ import pytest
 
 from benchmarks import profile
 from qtjax import models
+from qtjax.data.packing import pack
 from qtjax.errors import QtjaxError
+from qtjax.training.ladder import cut
 from qtjax.training.score import score_rows
 
 
@@ -33,8 +35,8 @@ def test_a_variant_that_strays_is_refused():
 
 
 def test_every_layout_holds_every_sample_once():
-    """Packed and alone, in rows of one length and of several: the same tokens, launches of no more slots than asked, at most one row
-    too many for each of a length's launches; alone means one segment a row, in the shortest of the lengths."""
+    """The same tokens packed, and alone in rows of one length and of several; launches of no more slots than asked, and of rows alone fewer
+    empty ones than a length has launches. Alone means one segment a row, in the shortest of the lengths."""
     samples = profile.samples_of(64, 80, 50)
     sizes = np.asarray([len(s.input_ids) for s in samples])
     assert sizes.max() <= 80 and abs(np.median(sizes) - 30) < 6
@@ -46,15 +48,19 @@ def test_every_layout_holds_every_sample_once():
         np.testing.assert_array_equal(np.bincount(owner, minlength=64), sizes)
         ids = np.concatenate([x.input_ids[x.sample == 7] for x in launches])
         np.testing.assert_array_equal(ids, samples[7].input_ids)
-        if way != "packed":
-            assert max(x.segment_ids.max() for x in launches) == 1
-            count = 1 if way.endswith("one length") else int(way.split(",")[1].split()[0])
+        if way == "packed":
+            assert [len(x.input_ids) for x in launches] == cut(len(pack(sizes, 80)), (4, 2, 1))
+        else:
+            count, used = int(way.split(",")[1].split()[0]), {}
             for x in launches:
-                used = (x.segment_ids > 0).sum(axis=1)
-                assert (used[used > 0] > x.input_ids.shape[1] - 80 // count).all()
+                assert x.segment_ids.max() == 1
+                used.setdefault(x.input_ids.shape[1], []).append((x.segment_ids > 0).sum(axis=1))
+            for length, tokens in used.items():
+                assert sum((n == 0).sum() for n in tokens) < len(tokens)
+                assert all((n[n > 0] > length - 80 // count).all() for n in tokens)
         fill[way] = len(owner) / sum(x.segment_ids.size for x in launches)
-    assert list(fill) == ["packed", "a sample a row, 4 lengths", "a sample a row, 8 lengths", "a sample a row, one length"]
-    assert fill["packed"] > 0.85 and fill["a sample a row, one length"] < 0.5
+    assert list(fill) == ["packed", *(f"a sample a row, {n}" for n in ("4 lengths", "8 lengths", "16 lengths", "1 length"))]
+    assert fill["packed"] > 0.85 and fill["a sample a row, 1 length"] < 0.5
 
 
 def test_a_layout_that_changes_a_score_is_refused(monkeypatch):
@@ -84,6 +90,6 @@ def test_all_tables_of_a_small_model(tmp_path, capsys):
     profile.main(["--model", "smol", "--rows", "2", "--length", "60", "--rounds", "2", "--json", str(tmp_path / "p.json")])
     report = json.loads((tmp_path / "p.json").read_text())
     assert report["matrix_flops_per_second"] > 0 and len(report["parts"]) == 5 and len(report["variants"]) == 11
-    assert all(row["seconds"] > 0 for row in [*report["parts"], *report["variants"], *report["layouts"]]) and len(report["layouts"]) == 4
+    assert all(row["seconds"] > 0 for row in [*report["parts"], *report["variants"], *report["layouts"]]) and len(report["layouts"]) == 5
     assert report["variants"][0]["name"] == "qtjax" and report["variants"][0]["ratio"] == 1
     assert "at the matrix rate" in capsys.readouterr().out

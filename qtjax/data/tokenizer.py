@@ -14,7 +14,7 @@ EMBEDDED = "smol"
 
 # Files of which at least one makes a folder a tokenizer's.
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
-_AS_WRITTEN = ("TokenizersBackend", "PreTrainedTokenizerFast")  # classes, one in transformers 5, that add nothing to tokenizer.json
+_AS_WRITTEN = ("TokenizersBackend", "PreTrainedTokenizerFast")  # two names of one class of transformers 5, which adds nothing to tokenizer.json
 
 
 def load_tokenizer(path: str) -> Any:
@@ -59,9 +59,9 @@ def load_tokenizer(path: str) -> Any:
 
 
 def _as_written(folder: Path) -> bool:
-    """Whether a folder's tokenizer is its tokenizer.json and nothing else, for which AutoTokenizer need not look through its rules.
+    """Whether the tokenizer of a folder (of a llama or mistral model, or of none) is its tokenizer.json and nothing else.
 
-    Its import takes a second or two, for it brings torch where that is installed.
+    AutoTokenizer would come to the same after a second or two of imports, torch among them where it is installed.
     """
     try:
         said = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))

@@ -10,6 +10,7 @@ import pytest
 
 from qtjax.data import tokenizer as tokenizers
 from qtjax.data.tokenizer import load_tokenizer
+from qtjax.errors import QtjaxError
 from qtjax.smol import model_folder
 
 TEXTS = ["What is 12 + 30?", "<|im_start|>user\nTwo  spaces<|im_end|>\n", "naïve 漢字 🙂", ""]
@@ -62,6 +63,16 @@ def test_files_that_decide(tmp_path):
     for text in ("{", "[1]", "3"):
         (folder / "tokenizer_config.json").write_text(text)
         assert not tokenizers._as_written(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model": 3}'])
+def test_a_damaged_file_is_one_line(tmp_path, text):
+    """As through AutoTokenizer: the folder, and that its files are damaged."""
+    folder = written(tmp_path, "TokenizersBackend", {"model_type": "llama"})
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(QtjaxError, match=r"the tokenizer's files are damaged or of an unknown kind") as caught:
+        load_tokenizer(str(folder))
+    assert str(caught.value).startswith(str(folder)) and "\n" not in str(caught.value)
 
 
 def test_neither_torch_nor_the_rules_are_imported():

@@ -9,7 +9,7 @@ import pytest
 
 from qtjax.models import ModelConfig, hidden_states, init_params
 from qtjax.models.attention import Segments, attend, kernel_of, visible
-from qtjax.models.blocks import blockwise, first_slots
+from qtjax.models.blocks import _scores, blockwise, first_slots
 from qtjax.models.products import product
 from qtjax.models.splash import splash
 
@@ -100,6 +100,19 @@ def test_layers_share_no_array_of_what_queries_see(unrolled):
 
     compiled = jax.jit(jax.grad(loss)).lower(params, row, row).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 2048 * 2048 * 4  # one head's scores
+
+
+def test_programs_of_other_rows_trace_it_once(monkeypatch):
+    """A run compiles several row counts: what a head does, forward and backward, is traced for the first of them."""
+    traced = []
+    monkeypatch.setattr("qtjax.models.blocks._scores", lambda *given: traced.append(1) or _scores(*given))
+    counts = []
+    for rows in (6, 3, 1):
+        shape = jax.ShapeDtypeStruct((rows, 230, 2, 12), jnp.float32)  # of no other test
+        segment = jax.ShapeDtypeStruct((rows, 230), jnp.int32)
+        jax.jit(jax.grad(lambda q, k, v, s: blockwise(q, k, v, s, first_slots(s), 77).sum(), (0, 1, 2))).lower(shape, shape, shape, segment)
+        counts.append(len(traced))
+    assert counts[0] >= 2 and counts[1:] == counts[:1] * 2
 
 
 def test_splash_equals_plain_attention():
