@@ -270,24 +270,26 @@ def check(results: dict[str, tuple[jax.Array, Any]]) -> None:
             raise QtjaxError(f"{name}: loss {float(own):.6g} against {float(value):.6g}, gradient {apart:.2g} of its norm apart, {bound:g} allowed")
 
 
+def _table(title: str, *columns: str) -> Table:
+    """Empty; names stand left, numbers right."""
+    out = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left")
+    for i, name in enumerate(columns):
+        out.add_column(name, justify="right" if i else "left")
+    return out
+
+
 def tables(report: dict[str, Any]) -> list[Table]:
     """Where the time goes; one change at a time; one layout of a scoring pass at a time."""
     heading = f"{report['parameters']:,} parameters, {report['rows']} rows x {report['length']}, {report['targets']:,.0f} targets; {report['machine']}"
-    first = Table(title=heading, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left")
-    for name in ("part", report["clock"], "GFLOP", "at the matrix rate"):
-        first.add_column(name, justify="left" if name == "part" else "right")
+    first = _table(heading, "part", report["clock"], "GFLOP", "at the matrix rate")
     for row in report["parts"]:
         share = row["flops"] / report["matrix_flops_per_second"] / row["seconds"]
         first.add_row(row["name"], f"{row['seconds']:.3f}", f"{row['flops'] / 1e9:.1f}", f"{share:.0%}")
     first.caption = f"matrix rate: {report['matrix_flops_per_second'] / 1e9:.0f} GFLOP/s"
-    second = Table(title="loss and gradient, one change at a time", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left")
-    for name in ("variant", report["clock"], "ratio to qtjax", "temporaries MiB"):
-        second.add_column(name, justify="left" if name == "variant" else "right")
+    second = _table("loss and gradient, one change at a time", "variant", report["clock"], "ratio to qtjax", "temporaries MiB")
     for row in report["variants"]:
         second.add_row(row["name"], f"{row['seconds']:.2f}", f"{row['ratio']:.2f}", f"{row['temporaries'] / 2**20:,.0f}")
-    third = Table(title=f"scoring {STEP} samples", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left")
-    for name in ("layout", report["clock"], "ratio to packed", "fill", "launches", "shapes"):
-        third.add_column(name, justify="left" if name == "layout" else "right")
+    third = _table(f"scoring {STEP} samples", "layout", report["clock"], "ratio to packed", "fill", "launches", "shapes")
     for row in report["layouts"]:
         third.add_row(row["name"], f"{row['seconds']:.2f}", f"{row['ratio']:.2f}", f"{row['fill']:.1%}", str(row["launches"]), str(row["shapes"]))
     return [first, second, third]
