@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qtjax.errors import QtjaxError
@@ -73,6 +73,7 @@ def test_value_and_gradients_equal_autodiff_with_a_constant_factor(loss, layout,
     np.testing.assert_allclose(mine[1][2], theirs[1][2], rtol=1e-4, atol=1e-5)
 
 
+@example([4.25, 17.0, 0.0, 0.0, 0.0, 0.0], 1)
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(-30, 30, width=32), min_size=6, max_size=6), st.integers(0, 5))
 def test_dft_slope_is_p_times_the_plain_slope(logits, label):
@@ -81,7 +82,8 @@ def test_dft_slope_is_p_times_the_plain_slope(logits, label):
     softmax = z / z.sum()
     # The nll, up to 62, carries an absolute error near 62 * 2**-23 = 7e-6, which is p's relative error.
     slope = of_logits(logits, label, "dft")[1]
-    np.testing.assert_allclose(slope / softmax[label], softmax - np.eye(6)[label], rtol=1e-4, atol=1e-6)
+    # Of a softmax near 1 only what it lacks is left: the log of the sum, up to 32, is a multiple of 2**-19, and so is off by as much.
+    np.testing.assert_allclose(slope / softmax[label], softmax - np.eye(6)[label], rtol=1e-4, atol=2 * 2**-19)
 
 
 def test_factors_by_hand():
