@@ -76,8 +76,8 @@ class Spent:
     kept: list[tuple[int, int]] = field(default_factory=list)
 
 
-def settings(budgets: str, modes: str) -> list[Setting]:
-    """Full data, every budget in every mode, and the first one with its scores reused and, masked, with its scoring pass kept.
+def settings(budgets: str, modes: str, alone: bool = False) -> list[Setting]:
+    """Full data, every budget in every mode, and unless these `alone` the first one with its scores reused and, masked, its scoring pass kept.
 
     Raises QtjaxError for other spellings.
     """
@@ -93,6 +93,8 @@ def settings(budgets: str, modes: str) -> list[Setting]:
             if mode not in ("mask", "drop"):
                 raise QtjaxError(f"--modes {mode!r}: must be mask, drop or both: mask,drop")
             out.append(Setting(f"Q-Tuning {budget}", budget, mode, keep | {"prune.mode": mode}))
+    if alone:
+        return out
     first = out[1]
     masked = [each for each in out[1:] if each.mode == "mask"]  # of what is dropped, layers give something else
     out += [each._replace(name=f"{each.name}, one forward", changes=each.changes | {"prune.reuse_forward": True}) for each in masked[:1]]
@@ -252,7 +254,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "completion-column": ("", "its answer column; empty: by format"),
             "model": (SMALL, f"HF folder, or {SMALL}: a LLaMA of that size with random weights"), "tokenizer": ("", f"sentencepiece model of 32,000 tokens, for {SMALL}"),
             "methods": ("full,lora", "full, lora or both"), "budgets": ("12.5x50,25x50,25x70,50x70", "percent of samples x of tokens"),
-            "modes": ("mask,drop", "mask, drop or both"), "steps": (6, "optimizer steps of full data that are timed; 0: one epoch"), "batch": (64, "samples of a step"),
+            "modes": ("mask,drop", "mask, drop or both"), "budgets-alone": (False, "leave out the lines 'reused', of three epochs, and 'one forward'"),
+            "steps": (6, "optimizer steps of full data that are timed; 0: one epoch"), "batch": (64, "samples of a step"),
             "max-length": (512, "tokens of a sample and of a row"), "rows": (8, "packed rows of a launch"), "json": ("", "file for the numbers"),
             "picture": ("", "PNG"), "dtype": ("float32", "compute dtype"), "remat": ("none", "model.remat of all lines"),
         },
@@ -262,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     unknown = [m for m in given["methods"].split(",") if m not in METHODS]
     if unknown:
         raise QtjaxError(f"--methods {unknown[0]!r}: must be full, lora or both: full,lora")
-    chosen = settings(given["budgets"], given["modes"])
+    chosen = settings(given["budgets"], given["modes"], given["budgets-alone"])
     console = Console(width=None if Console().is_terminal else 140)
     out, cache = Path(tempfile.mkdtemp(prefix="end_to_end-")), jax.config.jax_compilation_cache_dir
     try:

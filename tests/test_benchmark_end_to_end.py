@@ -33,6 +33,16 @@ def test_the_model_and_the_speed_up_are_those_of_the_numbers():
     assert [met for _, met in slow["bars"]] == [False, False]
 
 
+def test_budgets_alone_leave_out_the_lines_that_an_epoch_would_wait_for():
+    """Full data and every budget in every mode; with the others, the first budget's two more."""
+    alone = settings("12.5x50,25x50", "mask,drop", alone=True)
+    assert [(each.name, each.mode) for each in alone] == [
+        ("full data", ""), ("Q-Tuning 12.5x50", "mask"), ("Q-Tuning 12.5x50", "drop"), ("Q-Tuning 25x50", "mask"), ("Q-Tuning 25x50", "drop"),
+    ]  # fmt: skip
+    more = settings("12.5x50,25x50", "mask,drop")
+    assert more[:5] == alone and [each.epochs for each in more[5:]] == [1, 3]
+
+
 def test_numbers_of_a_wrong_run_are_refused():
     """A step that kept other samples than the budget says, or whose loss is not finite, ends the table."""
     chosen = settings("12.5x50", "mask")[:2]
