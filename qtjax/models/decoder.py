@@ -222,9 +222,18 @@ class Head(nn.Module):
 
 _policies = jax.checkpoint_policies
 _NAMES = ("product", "attention")  # 16-bit products (products.py), what a kernel's backward pass starts from (blocks.py, splash.py)
+
+
+def _of_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+    """The same of cuDNN's kernel, whose outputs JAX gives no name: averages, and the logs of their sums."""
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
 # What a layer keeps for its backward pass beside its input; the rest is computed again.
 _REMAT = {
-    "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(*_NAMES)),
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_from_both_policies(_policies.save_only_these_names(*_NAMES), _of_cudnn)
+    ),
     "full": None,
     "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=["layer_input"], offload_src="device", offload_dst="pinned_host"

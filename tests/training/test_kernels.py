@@ -2,6 +2,7 @@
 
 import io
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -52,6 +53,22 @@ def test_rows_that_cudnn_refuses_take_plain_attention():
     np.testing.assert_array_equal(attend(config, q, k, v, sees), plain)
     blocks = attend(config.replace(attention="blocks"), q, k, v, Segments(segment, jnp.zeros((1, 7), jnp.int32)))
     np.testing.assert_allclose(blocks, plain, atol=2e-6)
+
+
+def test_what_cudnn_gave_is_kept_where_products_are(monkeypatch):
+    """Its kernel runs once in a backward pass with remat dots, as with none, and twice with full, which keeps nothing of a layer."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)  # traced, not run
+    ids = np.zeros((2, 8), np.int32)
+
+    def kernels(remat):
+        config = SMALL.replace(dtype="bfloat16", attention="cudnn", remat=remat)
+        slope = jax.grad(lambda params: models.hidden_states(config, params, ids).astype(jnp.float32).sum())
+        text = str(jax.make_jaxpr(slope)(models.init_params(config, jax.random.key(0))))
+        return text.count("dot_product_attention_fwd_wrapper["), text.count("dot_product_attention_bwd_wrapper[")
+
+    assert [kernels(remat) for remat in ("none", "dots", "full")] == [(1, 1), (1, 1), (2, 1)]
 
 
 class _Mesh:
