@@ -45,14 +45,14 @@ class PackedRows(NamedTuple):
         return float((self.segment_ids > 0).mean())
 
 
-def pack(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list[int]]:
+def pack(lengths: Sequence[int] | np.ndarray, row_length: int, most: int = 0) -> list[list[int]]:
     """Every sample into exactly one row, in few rows: best-fit decreasing, or filling row after row, whichever takes fewer.
 
     Args:
       lengths: int [n], tokens per sample; samples of length 0 take no place and are left out.
-      row_length: tokens a row holds.
+      row_length: tokens a row holds; most: samples it holds, 0: any number. A row with more is cut, which costs fill.
     Returns: rows of sample indices, ascending inside a row, rows ordered by their first sample. Deterministic; at
-      most 11/9 of the fewest possible rows, plus one (Johnson 1973).
+      most 11/9 of the fewest possible rows, plus one (Johnson 1973), where `most` cuts none.
     Raises QtjaxError when a sample is longer than a row.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
@@ -62,6 +62,7 @@ def pack(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list[int]
     rows = _best_fit(sizes, row_length)
     if len(sizes) <= _FEW and len(rows) > -(-int(sizes.sum()) // row_length):
         rows = min(rows, _filled(sizes, row_length), key=len)
+    rows = [row[at : at + most] for row in rows for at in range(0, len(row), most)] if most else rows
     return sorted((sorted(row) for row in rows), key=lambda row: row[0])
 
 

@@ -74,7 +74,7 @@ def scored_rows(
         some = samples[first : first + TOGETHER]
         if overlay is not None:
             check_task_ids(overlay.tasks, np.asarray([s.task_id for s in some], np.int32), (len(some),))
-        bins = pack([len(s.input_ids) for s in some], row_length)
+        bins = pack([len(s.input_ids) for s in some], row_length, config.max_segments)
         with jax.set_mesh(mesh) if mesh is not None else nullcontext():
             for at in range(0, len(bins), rows):
                 packed = fill_rows(some, bins[at : at + rows], rows, row_length)

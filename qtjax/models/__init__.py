@@ -3,11 +3,12 @@
 from qtjax.models.api import (
     abstract_params, apply, hidden_states, init_params, kept_hidden_states, logical_axes, logits, rated_hidden_states, readout,
 )  # fmt: skip
-from qtjax.models.attention import kernel_for, kernel_of
+from qtjax.models.attention import kernel_for, kernel_of, takes_runs
 from qtjax.models.config import ModelConfig, RopeScaling, unrolled
 from qtjax.models.edits import AttentionEdit, EmbeddingEdit, Edits, LinearEdit, NormEdit, combine_trees
 from qtjax.models.generate import generate
 from qtjax.models.int8 import int8_layers
+from qtjax.models.packed import segments_for
 from qtjax.models.passes import segments
 from qtjax.models.ratings import RATERS
 from qtjax.models.virtual import check_task_ids
@@ -42,5 +43,7 @@ __all__ = [
     "rated_hidden_states",
     "readout",
     "segments",
+    "segments_for",
+    "takes_runs",
     "unrolled",
 ]

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from qtjax.models.blocks import blockwise
 from qtjax.models.config import ModelConfig, RopeScaling
+from qtjax.models.packed import Runs, by_runs
 from qtjax.models.splash import splash, splash_takes
 
 
@@ -112,16 +113,24 @@ def kernel_for(config: ModelConfig, batch: int, length: int) -> str:
     return config.attention if by_segments(config, batch, length) else "xla"
 
 
+def takes_runs(config: ModelConfig, length: int) -> bool:
+    """Whether rows of so many slots go to cuDNN run by run: `max_segments` of them at most, and no window that cuts a row."""
+    whole = config.sliding_window is None or config.sliding_window >= length
+    return config.attention == "cudnn" and config.max_segments > 0 and whole and _cudnn_takes(config.head_dim, length)
+
+
 def _cudnn_takes(head_dim: int, length: int) -> bool:
     """Whether cuDNN's fused kernel takes rows of so many slots, backward pass included, on any NVIDIA GPU that has it."""
     return head_dim <= 128 and head_dim % 8 == 0 and length % 2 == 0
 
 
-def attend(config: ModelConfig, q_BLHC: Array, k_BSKC: Array, v_BSKC: Array, sight: Array | Segments) -> Array:
+def attend(config: ModelConfig, q_BLHC: Array, k_BSKC: Array, v_BSKC: Array, sight: Array | Segments | Runs) -> Array:
     """Softmax attention, float32 statistics; a query that sees nothing gets a finite average. Returns [B, L, H, C].
 
-    Args: sight: bool [B, 1, L, S], or `Segments` where `by_segments` says so.
+    Args: sight: bool [B, 1, L, S], or `Segments` or `Runs` where `by_segments` or `takes_runs` says so.
     """
+    if isinstance(sight, Runs):
+        return by_runs(q_BLHC, k_BSKC, v_BSKC, sight)
     if not isinstance(sight, Segments):
         length, dim = q_BLHC.shape[1], q_BLHC.shape[3]
         whole = length == k_BSKC.shape[1]  # nobody sees what comes later

@@ -28,11 +28,12 @@ UNROLLED_WIDTH, UNROLLED_LAYERS = 64, 8
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Names are Hugging Face's; the last six fields say how to compute, not what, and are not written to config.json.
+    """Names are Hugging Face's; the last seven fields say how to compute, not what, and are not written to config.json.
 
     `dtype` is the compute dtype, `param_dtype` the storage dtype; `remat` none | dots | full | offload;
     `unroll_layers` trades compile time for step time; `quantization` None | nf4 | int8 | int4 of the layers' kernels;
-    `attention` xla (any mask) | blocks (CPU) | cudnn (NVIDIA) | splash (TPU): all equal but for rounding (models/attention.py).
+    `attention` xla (any mask) | blocks (CPU) | cudnn (NVIDIA) | splash (TPU): all equal but for rounding (models/attention.py);
+    `max_segments`: samples that a row holds at most, which lets cudnn do without a mask; 0: any number. A row that holds more is NaN.
     """
 
     model_type: str = "llama"
@@ -62,6 +63,7 @@ class ModelConfig:
     unroll_layers: bool = False
     quantization: str | None = None
     attention: str = "xla"
+    max_segments: int = 0
 
     def replace(self, **changes: Any) -> "ModelConfig":
         return dataclasses.replace(self, **changes)

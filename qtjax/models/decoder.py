@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from qtjax.models.attention import Segments, attend, before, prompted, rope_tables, rotate
 from qtjax.models.config import ModelConfig
 from qtjax.models.edits import AttentionEdit, combine
+from qtjax.models.packed import Runs
 from qtjax.models.products import product
 from qtjax.models.ratings import Plan, attention_paid
 
@@ -107,7 +108,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, rope: tuple[Array, Array], mask: Array | Segments, cache: Cache | None, slot: Array | int, rate: Rate | None
+        self, x: Array, rope: tuple[Array, Array], mask: Array | Segments | Runs, cache: Cache | None, slot: Array | int, rate: Rate | None
     ) -> tuple[Array, Cache | None, Array | None]:
         c = self.config
         heads, kv_heads, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
@@ -170,7 +171,7 @@ class Layer(nn.Module):
         cache: Cache | None,
         rates: Array | None,
         rope: tuple[Array, Array],
-        mask: Array | Segments,
+        mask: Array | Segments | Runs,
         slot: Array | int,
         plan: Plan | None,
     ) -> tuple[Array, tuple[Cache | None, Array | None]]:
@@ -266,7 +267,7 @@ class Decoder(nn.Module):
         self,
         input_ids: Array,
         position_ids: Array,
-        mask: Array | Segments,
+        mask: Array | Segments | Runs,
         cache: Cache | None = None,
         slot: Array | int = 0,
         virtual: Array | None = None,
@@ -275,7 +276,7 @@ class Decoder(nn.Module):
         """Final-norm hidden states [B, P + L, D] in the compute dtype, the cache with the new keys and values, the rating.
 
         Args: input_ids int32 [B, L]; virtual: embeddings [P, D] or [B, P, D] put before them (P = 0 without);
-        position_ids int32 [B, P + L]; mask bool [B, 1, P + L, S], or Segments of rows alone; cache k, v [N, B, S, K, C]; slot: where in the cache
+        position_ids int32 [B, P + L]; mask bool [B, 1, P + L, S], or Segments or Runs of rows alone; cache k, v [N, B, S, K, C]; slot: where in the cache
         the first of these tokens goes; plan: who is rated, float32 [B, P + L] (None without).
         """
         c = self.config

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from qtjax.errors import QtjaxError
-from qtjax.models.attention import Segments, by_segments, visible
+from qtjax.models.attention import Segments, by_segments, takes_runs, visible
 from qtjax.models.blocks import first_slots
 from qtjax.models.config import ModelConfig
 from qtjax.models.decoder import Decoder
 from qtjax.models.edits import Edits, expanded
+from qtjax.models.packed import runs
 from qtjax.models.ratings import plan
 from qtjax.models.virtual import among_virtual, check_task_ids, of_rows, offsets, sees_virtual
 from qtjax.tree import Tree
@@ -75,8 +76,10 @@ def variables(params: Tree, edits: Edits) -> dict[str, Tree]:
 
 def _run(config: ModelConfig, params: Tree, row: Row, edits: Edits) -> tuple[Array, Array | None]:
     slots, window = jnp.arange(row.input_ids.shape[1], dtype=jnp.int32), config.sliding_window
-    alone = edits.virtual is None and not edits.prefix and row.rater is None
-    if alone and by_segments(config, *row.input_ids.shape):
+    alone, fits = edits.virtual is None and not edits.prefix and row.rater is None, None
+    if alone and takes_runs(config, row.input_ids.shape[1]):
+        mask, fits = runs(row.segment, config.max_segments)
+    elif alone and by_segments(config, *row.input_ids.shape):
         mask = Segments(row.segment, first_slots(row.segment))
     else:
         mask = visible(slots, slots, row.segment, row.segment, window)
@@ -95,7 +98,8 @@ def _run(config: ModelConfig, params: Tree, row: Row, edits: Edits) -> tuple[Arr
         beside = kept["known"]["layers"]["output"]
     else:
         hidden, _, beside = Decoder(config).apply(*given, plan=row.plan(config))
-    return jnp.where((row.segment != 0)[..., None], hidden, 0), beside
+    hidden = jnp.where((row.segment != 0)[..., None], hidden, 0)
+    return (hidden if fits is None else jnp.where(fits[:, None, None], hidden, jnp.nan)), beside
 
 
 def _refuse_known(row: Row, why: str) -> None:

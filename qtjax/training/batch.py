@@ -106,14 +106,14 @@ def survivors(batch: ScoringBatch, tokens: np.ndarray, prune: PruneSection) -> l
 
 
 def microbatches(
-    samples: Sequence[Sample], shapes: tuple[int, ...], row_length: int, processes: int, weight: np.ndarray | None = None
+    samples: Sequence[Sample], shapes: tuple[int, ...], row_length: int, processes: int, weight: np.ndarray | None = None, most: int = 0
 ) -> list[Microbatch]:
     """Packs samples densely into the ladder's shapes; all processes launch the same number of each.
 
     Args: shapes: global rows per launch, largest first; a process fills shapes[i] / processes of them. weight float32 [n]:
-    a sample's factor in the loss; None: 1.
+    a sample's factor in the loss; None: 1. most: samples of a row (ModelConfig.max_segments), 0: any number.
     """
-    bins = pack([len(s.input_ids) for s in samples], row_length)
+    bins = pack([len(s.input_ids) for s in samples], row_length, most)
     out, start = [], 0
     for size in cut(agree_max(len(bins)) * processes, shapes):
         own = size // processes

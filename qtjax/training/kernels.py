@@ -4,9 +4,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from qtjax.models import Edits, kernel_for
+from qtjax.models import Edits, ModelConfig, kernel_for, segments_for, takes_runs
 from qtjax.overlays import Overlay
 from qtjax.training.state import Subject
+
+
+def with_segments(config: ModelConfig, mesh: Mesh, tokens: float, row_length: int) -> ModelConfig:
+    """The config by which cuDNN's kernel is told of samples, `tokens` long in the mean, on one GPU of Hopper's kind or later."""
+    capability = str(getattr(mesh.devices.flat[0], "compute_capability", "0"))
+    if config.attention != "cudnn" or mesh.size > 1 or float(capability) < 9:
+        return config
+    return config.replace(max_segments=segments_for(tokens, row_length))
 
 
 def attention_said(subject: Subject, mesh: Mesh, shapes: tuple[int, ...], row_length: int, rater: str) -> str:
@@ -18,7 +26,11 @@ def attention_said(subject: Subject, mesh: Mesh, shapes: tuple[int, ...], row_le
         return "xla" + (f", since {config.attention} takes no virtual tokens" if config.attention != "xla" else "")
     if taken != {config.attention}:
         return f"xla, since {config.attention} does not take rows of {row_length} with {config.num_key_value_heads} key heads of {config.head_dim} on this mesh"
-    return config.attention + (f"; scoring xla, since {rater} reads the weights" if rater and config.attention not in ("xla", "cudnn") else "")
+    if takes_runs(config, row_length):
+        return f"cudnn, by sample, at most {config.max_segments} in a row"
+    if config.attention == "cudnn":
+        return "cudnn, by mask"
+    return config.attention + (f"; scoring xla, since {rater} reads the weights" if rater and config.attention != "xla" else "")
 
 
 def edits_of(overlay: Overlay) -> Edits:

@@ -118,7 +118,7 @@ class Loop:
         return self.pruners.scores and step >= self.warmup and (self.store is None or self.store.passes(step))
 
     def pack(self, samples: list, weight: np.ndarray | None = None) -> list[Microbatch]:
-        return microbatches(samples, self.shapes, self.row_length, jax.process_count(), weight)
+        return microbatches(samples, self.shapes, self.row_length, jax.process_count(), weight, self.programs.max_segments)
 
     def _prepared(self, step: int, last: int) -> Prepared:
         """This step's batch, and the next one's on its way; on several hosts, which agree on its rows, it is read ahead and packed here."""

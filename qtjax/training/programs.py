@@ -167,7 +167,7 @@ def program_jobs(
 
 
 class Programs:
-    """The compiled functions of the loop, by microbatch rows where that varies.
+    """The compiled functions of the loop, by microbatch rows where that varies; rows may hold max_segments samples, 0: any number.
 
     score[rows](trainable, frozen, rows) -> `Pruners.signals`, each [rows, L], and with prune.reuse_forward the layers' outputs
     unscored() -> the signals [N, T], all 0;  place[rows](signals, signals of rows, sample, slot) -> signals
@@ -194,7 +194,7 @@ class Programs:
 
         with _uncollected(), ThreadPoolExecutor(2) as pool:  # XLA compiles outside Python's lock
             compiled = dict(zip(jobs, pool.map(compile_one, jobs)))
-        self.count = len(compiled)
+        self.count, self.max_segments = len(compiled), subject.config.max_segments
         self.uses_rng = _draws(subject)
         self.score = {rows: compiled[f"score {rows}"] for rows in shapes if f"score {rows}" in compiled}
         self.accumulate = {rows: compiled[f"accumulate {rows}"] for rows in shapes}

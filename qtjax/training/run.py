@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from qtjax.models import ModelConfig, check_task_ids
 from qtjax.overlays import method_named
 from qtjax.parallel import agree_max, batch_size, first_alone, make_mesh, round_up
 from qtjax.report.progress import TrainingProgress
-from qtjax.training.kernels import attention_said
+from qtjax.training.kernels import attention_said, with_segments
 from qtjax.training.ladder import ladder
 from qtjax.training.loop import Loop
 from qtjax.training.optimizer import learning_rate_schedule
@@ -105,6 +105,7 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     model = load_model(config, mesh, steps)
     state, frozen, optimizer = start(config, mesh, model, steps)
     subject = model.subject.shapes()
+    subject = replace(subject, config=with_segments(subject.config, mesh, len(dataset.input_ids) / max(len(dataset), 1), row_length))
     del model  # its weights are the state's, and go with it
     shapes = ladder(config.train.rows, batch_size(mesh), config.train.shapes)
     loaded = time.perf_counter()

@@ -31,6 +31,16 @@ def test_every_sample_once_and_no_row_too_long(load):
     assert pack(lengths, row) == bins == pack(np.array(lengths, np.int32), row)
 
 
+@settings(max_examples=200, deadline=None)
+@given(loads(), st.integers(1, 5))
+def test_no_row_holds_more_samples_than_asked_for(load, most):
+    """Still every sample once; rows that held few enough are as they were."""
+    lengths, row = load
+    bins = pack(lengths, row, most)
+    assert sorted(i for b in bins for i in b) == [i for i, n in enumerate(lengths) if n] and all(len(b) <= most for b in bins)
+    assert [b for b in pack(lengths, row) if len(b) <= most] == [b for b in bins if b in pack(lengths, row)]
+
+
 def _reference(lengths, row):
     """Best-fit decreasing as one would write it down: scan all rows, take the fullest that fits."""
     rows: list[list[int]] = []

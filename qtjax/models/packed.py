@@ -1,0 +1,53 @@
+"""Attention on an NVIDIA GPU of Hopper's kind or later, run by run: cuDNN's kernel told where the samples of a packed row begin.
+
+Told by a mask, [B, L, L], it computes all of a row and reads the mask in every layer: 1.5 to 2 times the seconds of a plain causal kernel
+where a row is one sample, and more where it is several (docs/performance.md). B batch, L length, M runs, H and K heads, C head dim.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+_SEGMENTS = 64  # samples of a row beyond which so many small problems take longer than one with a mask
+_SPARE = 2  # times the samples that a row holds in the mean
+
+
+class Runs(NamedTuple):
+    """Every run of slots of one segment, padding's too, in the order of a row: int32 [B, M], -1 beyond the last."""
+
+    start: Array
+    length: Array
+
+
+def runs(segment_BL: Array, most: int) -> tuple[Runs, Array]:
+    """(the runs of each row where it holds at most `most` segments and padding behind them, bool [B]: whether it does)."""
+    length = segment_BL.shape[1]
+    begins = jnp.pad(segment_BL[:, 1:] != segment_BL[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    start = jax.vmap(lambda row: jnp.nonzero(row, size=most + 1, fill_value=length)[0])(begins).astype(jnp.int32)
+    stop = jnp.pad(start[:, 1:], ((0, 0), (0, 1)), constant_values=length)
+    real = start < length
+    return Runs(jnp.where(real, start, -1), jnp.where(real, stop - start, -1)), begins.sum(axis=1) <= most + 1
+
+
+def by_runs(q_BLHC: Array, k_BLKC: Array, v_BLKC: Array, given: Runs) -> Array:
+    """Softmax attention of every slot to those of its own run that are not later; padding sees padding. [B, L, H, C], differentiable."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn  # jax.nn's door to it takes no offsets
+
+    offsets = jnp.pad(given.start, ((0, 0), (0, 1)), constant_values=-1)
+    return cudnn.dot_product_attention(
+        q_BLHC, k_BLKC, v_BLKC, q_seqlen=given.length, kv_seqlen=given.length, q_offsets=offsets, kv_offsets=offsets,
+        scale=q_BLHC.shape[-1] ** -0.5, mask_type=cudnn.MaskType.PADDING_CAUSAL,
+    )  # fmt: skip
+
+
+def segments_for(tokens: float, row_length: int) -> int:
+    """How many samples a row may hold, for samples of so many tokens in the mean: a power of two; 0 where a mask is no slower.
+
+    The kernel is compiled for a number of runs and takes longer for every one, there or not.
+    """
+    most = 2
+    while most * tokens < _SPARE * row_length:
+        most *= 2
+    return most if most <= _SEGMENTS else 0

@@ -1,0 +1,120 @@
+"""cuDNN's kernel told of samples: the runs that it is told of, what a model gives with it, and on a GPU the kernel itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qtjax import models
+from qtjax.models import attention, packed
+from qtjax.models.attention import visible
+from qtjax.models.packed import Runs, runs, segments_for
+
+CONFIG = models.ModelConfig(
+    vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    attention="cudnn", max_segments=3,
+)  # fmt: skip
+SEGMENTS = np.array([[1] * 5 + [2] * 9 + [3] * 2, [1] * 10 + [0] * 6, [1] * 7 + [2] * 1 + [3] * 4 + [0] * 4], np.int32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 6), max_size=6), st.integers(0, 5), st.integers(1, 7))
+def test_runs_are_those_of_a_walk_along_the_row(lengths, padding, most):
+    """Start and length of every sample and of the padding behind them, -1 beyond; a row of more than `most` samples is said to hold them."""
+    row = [i for i, n in enumerate(lengths, 1) for _ in range(n)] + [0] * padding
+    if not row:
+        return
+    walked = [*lengths, padding] if padding else lengths
+    found, fits = runs(jnp.asarray([row], jnp.int32), most)
+    assert found.start.shape == found.length.shape == (1, most + 1) and bool(fits[0]) == (len(walked) <= most + 1)
+    if fits[0]:
+        beyond = [-1] * (most + 1 - len(walked))
+        assert found.length[0].tolist() == walked + beyond
+        assert found.start[0].tolist() == [sum(walked[:i]) for i in range(len(walked))] + beyond
+
+
+def by_mask(q, k, v, given: Runs):
+    """What the kernel is asked for, in plain attention: every slot sees its own run."""
+    slots = jnp.arange(q.shape[1])
+    run = jnp.sum(jnp.where(given.start < 0, q.shape[1], given.start)[:, :, None] <= slots, axis=1)
+    return jax.nn.dot_product_attention(q, k, v, mask=visible(slots, slots, run, run, None), implementation="xla")
+
+
+def loss(config, params, ids, segment):
+    return jnp.sum(jnp.cos(models.hidden_states(config, params, ids, segment_ids=segment)))
+
+
+def test_a_model_is_the_same_told_of_samples(monkeypatch):
+    """Hidden states and gradients of packed and padded rows are those of plain attention; a row of more samples than promised is NaN, it
+    alone."""
+    monkeypatch.setattr(attention, "by_runs", by_mask)
+    params = models.init_params(CONFIG, jax.random.key(0))
+    ids = jax.random.randint(jax.random.key(1), SEGMENTS.shape, 0, 50)
+    plain = CONFIG.replace(attention="xla")
+    expected, slope = jax.value_and_grad(loss, argnums=1)(plain, params, ids, SEGMENTS)
+    for remat in ("none", "dots", "full"):
+        mine, own = jax.value_and_grad(loss, argnums=1)(CONFIG.replace(remat=remat), params, ids, SEGMENTS)
+        np.testing.assert_allclose(mine, expected, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), own, slope)
+    fewer = models.hidden_states(CONFIG.replace(max_segments=2), params, ids, segment_ids=SEGMENTS)
+    assert np.isnan(fewer).all(axis=(1, 2)).tolist() == [False, False, True]  # the first row's third run fits where padding would be
+
+
+def test_no_mask_is_formed(monkeypatch):
+    """Told of samples, nothing in a pass and its backward pass has [L, L] values; by mask, something has."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)  # traced, not run
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    config = CONFIG.replace(dtype="bfloat16")
+    params, ids = models.abstract_params(config), jnp.zeros((2, 44), jnp.int32)
+
+    def text(config):
+        given = {"segment_ids": jnp.ones_like(ids), "position_ids": ids}
+        return str(jax.make_jaxpr(jax.grad(lambda params: jnp.sum(models.hidden_states(config, params, ids, **given) ** 2).astype(jnp.float32)))(params))
+
+    told, masked = text(config), text(config.replace(max_segments=0))
+    assert "dot_product_attention_bwd_wrapper[" in told and "dot_product_attention_bwd_wrapper[" in masked
+    assert "44,44]" in masked and "44,44]" not in told
+    windowed = text(config.replace(sliding_window=20))
+    assert "44,44]" in windowed and "44,44]" not in text(config.replace(sliding_window=44))  # a window that cuts nothing is none
+
+
+def test_a_row_may_hold_twice_the_samples_of_the_mean():
+    """A power of two, 2 at least; 0, by mask, beyond 64."""
+    assert [segments_for(tokens, 2048) for tokens in (2048, 2047, 1024, 512, 150, 64, 63, 1)] == [2, 4, 4, 8, 32, 64, 0, 0]
+
+
+needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN's kernel needs an NVIDIA GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize(("heads", "dim", "length", "most"), [((4, 4), 64, 256, 3), ((8, 2), 128, 512, 8), ((4, 2), 64, 2048, 64)])
+def test_the_kernel_on_a_gpu(heads, dim, length, most):
+    """Its averages and slopes on random packed and padded rows are float32's but for bfloat16's rounding (2^-9 a rounding, several in a
+    row: 1 % of the norm), and finite where padding stands."""
+    rng = np.random.default_rng(length)
+    segment = np.zeros((3, length), np.int32)
+    for row in segment:
+        cuts = np.sort(rng.choice(np.arange(1, length), most - 1, replace=False))
+        row[:] = np.searchsorted(cuts, np.arange(length), side="right") + 1
+    segment[1, length // 3 :] = np.where(segment[1, length // 3 :] == segment[1, length // 3], segment[1, length // 3], 0)
+    segment[2, 5:] = 0
+    q, k, v, dy = (jnp.asarray(rng.normal(size=(3, length, n, dim)), jnp.bfloat16) for n in (heads[0], heads[1], heads[1], heads[0]))
+    dy = jnp.where(segment[..., None, None] != 0, dy, 0)
+    told, fits = runs(jnp.asarray(segment), most)
+    assert fits.all()
+
+    def results(kernel, *given):
+        y, pull = jax.vjp(kernel, *given)
+        return (jnp.where(segment[..., None, None] != 0, y, 0), *pull(dy.astype(y.dtype))), y
+
+    mine, whole = jax.jit(lambda *given: results(lambda *x: packed.by_runs(*x, told), *given))(q, k, v)
+    slots = jnp.arange(length)
+    sees = visible(slots, slots, jnp.asarray(segment), jnp.asarray(segment), None)
+    exact, _ = results(lambda *x: jax.nn.dot_product_attention(*x, mask=sees, implementation="xla"), *(x.astype(jnp.float32) for x in (q, k, v)))
+    assert np.isfinite(np.asarray(whole, np.float32)).all()
+    for got, wanted in zip(mine, exact):
+        assert np.linalg.norm(np.asarray(got, np.float64) - np.asarray(wanted, np.float64)) <= 0.01 * np.linalg.norm(np.asarray(wanted, np.float64))
