@@ -97,7 +97,7 @@ def random_samples(vocab: int, count: int, length: int, prompt: int) -> Tokenize
 
 def open_loop(config: Config, model_config: ModelConfig, mesh: Mesh, params: Tree, dataset: TokenizedDataset) -> Loop:
     """Everything that qtjax.train would have loaded and compiled, at step 0."""
-    model_config = with_segments(model_config, mesh, config.data.max_length, config.train.row_length)
+    model_config = with_segments(model_config, mesh, dataset.lengths, config.train.row_length)
     overlay = new_overlay(config, model_config, params, ADAPTER, STEPS)
     model = Model(Subject(model_config, overlay), params)
     state, frozen, optimizer = start(config, mesh, model, STEPS)
@@ -168,7 +168,7 @@ def q_tuning(job: dict[str, Any]) -> dict[str, Any]:
 
 def scoring(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Any:
     """The run's compiled scoring pass over weights in the dtype that `config` stores: (params, frozen, rows) -> (nll, entropy) [rows, length]."""
-    subject = Subject(with_segments(config, mesh, length, length), None)
+    subject = Subject(with_segments(config, mesh, np.array([length]), length), None)
     params = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), models.abstract_params(config), param_shardings(config, mesh)
     )

@@ -10,7 +10,7 @@ from benchmarks.gpu.shapes import Size
 KINDS = ("full", "lora", "q-tuning", "score")
 GUESS = {"qtjax": 50.0, "torch": 35.0}  # seconds of a row, start and compilation included, before one of its framework has been run
 SAVING = 5.0  # seconds kept for ending a row that runs over, and for the tables
-TIMED = 6.0  # seconds of timed steps that a row takes, fewer when little is left
+TIMED = 5.0  # seconds of timed steps that a row takes, fewer when little is left
 
 # (tokens of a microbatch, what is kept for the backward pass), the first that is thought to fit 80 GB and be fast, then what needs less.
 # qtjax: remat none | dots | full. torch: all | checkpoint.

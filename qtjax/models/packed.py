@@ -15,7 +15,10 @@ _SPARE = 2  # times the samples that a row holds in the mean
 
 
 class Runs(NamedTuple):
-    """Every run of slots of one segment, padding's too, in the order of a row: int32 [B, M], -1 beyond the last."""
+    """Every run of slots of one segment, padding's too, in the order of a row: int32 [B, M], -1 beyond the last.
+
+    M = 1: each row is one sample, and padding after it, which causality keeps from being seen.
+    """
 
     start: Array
     length: Array
@@ -23,8 +26,11 @@ class Runs(NamedTuple):
 
 def runs(segment_BL: Array, most: int) -> tuple[Runs, Array]:
     """(the runs of each row where it holds at most `most` segments and padding behind them, bool [B]: whether it does)."""
-    length = segment_BL.shape[1]
+    batch, length = segment_BL.shape
     begins = jnp.pad(segment_BL[:, 1:] != segment_BL[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    if most == 1:
+        whole = jnp.full((batch, 1), length, jnp.int32)
+        return Runs(jnp.zeros_like(whole), whole), begins.sum(axis=1) <= 1 + (segment_BL[:, -1] == 0)
     start = jax.vmap(lambda row: jnp.nonzero(row, size=most + 1, fill_value=length)[0])(begins).astype(jnp.int32)
     stop = jnp.pad(start[:, 1:], ((0, 0), (0, 1)), constant_values=length)
     real = start < length
@@ -33,6 +39,8 @@ def runs(segment_BL: Array, most: int) -> tuple[Runs, Array]:
 
 def by_runs(q_BLHC: Array, k_BLKC: Array, v_BLKC: Array, given: Runs) -> Array:
     """Softmax attention of every slot to those of its own run that are not later; padding sees padding. [B, L, H, C], differentiable."""
+    if given.start.shape[1] == 1:
+        return jax.nn.dot_product_attention(q_BLHC, k_BLKC, v_BLKC, is_causal=True, implementation="cudnn")
     from jax._src.cudnn import fused_attention_stablehlo as cudnn  # jax.nn's door to it takes no offsets
 
     offsets = jnp.pad(given.start, ((0, 0), (0, 1)), constant_values=-1)
@@ -42,11 +50,13 @@ def by_runs(q_BLHC: Array, k_BLKC: Array, v_BLKC: Array, given: Runs) -> Array:
     )  # fmt: skip
 
 
-def segments_for(tokens: float, row_length: int) -> int:
-    """How many samples a row may hold, for samples of so many tokens in the mean: a power of two; 0 where a mask is no slower.
+def segments_for(tokens: float, shortest: float, row_length: int) -> int:
+    """How many samples a row may hold: a power of two; 0 where a mask is no slower. tokens: of a sample in the mean; shortest: at least.
 
     The kernel is compiled for a number of runs and takes longer for every one, there or not.
     """
+    if 2 * shortest > row_length:
+        return 1
     most = 2
     while most * tokens < _SPARE * row_length:
         most *= 2

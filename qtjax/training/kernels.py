@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from qtjax.models import Edits, ModelConfig, kernel_for, segments_for, takes_runs
@@ -9,12 +10,15 @@ from qtjax.overlays import Overlay
 from qtjax.training.state import Subject
 
 
-def with_segments(config: ModelConfig, mesh: Mesh, tokens: float, row_length: int) -> ModelConfig:
-    """The config by which cuDNN's kernel is told of samples, `tokens` long in the mean, on one GPU of Hopper's kind or later."""
+def with_segments(config: ModelConfig, mesh: Mesh, lengths: np.ndarray, row_length: int, keep: float = 1.0) -> ModelConfig:
+    """The config by which cuDNN's kernel is told of samples, on one GPU of Hopper's kind or later.
+
+    Args: lengths: of all samples, in tokens; keep: the least share of its tokens that pruning leaves a sample.
+    """
     capability = str(getattr(mesh.devices.flat[0], "compute_capability", "0"))
     if config.attention != "cudnn" or mesh.size > 1 or float(capability) < 9:
         return config
-    return config.replace(max_segments=segments_for(tokens, row_length))
+    return config.replace(max_segments=segments_for(lengths.mean(), keep * lengths.min(), row_length))
 
 
 def attention_said(subject: Subject, mesh: Mesh, shapes: tuple[int, ...], row_length: int, rater: str) -> str:

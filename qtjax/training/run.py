@@ -105,7 +105,8 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     model = load_model(config, mesh, steps)
     state, frozen, optimizer = start(config, mesh, model, steps)
     subject = model.subject.shapes()
-    subject = replace(subject, config=with_segments(subject.config, mesh, len(dataset.input_ids) / max(len(dataset), 1), row_length))
+    keep = config.prune.token_keep if config.prune.mode == "drop" else 1.0
+    subject = replace(subject, config=with_segments(subject.config, mesh, dataset.lengths, row_length, keep))
     del model  # its weights are the state's, and go with it
     shapes = ladder(config.train.rows, batch_size(mesh), config.train.shapes)
     loaded = time.perf_counter()

@@ -20,7 +20,7 @@ SEGMENTS = np.array([[1] * 5 + [2] * 9 + [3] * 2, [1] * 10 + [0] * 6, [1] * 7 + 
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 6), max_size=6), st.integers(0, 5), st.integers(1, 7))
+@given(st.lists(st.integers(1, 6), max_size=6), st.integers(0, 5), st.integers(2, 7))
 def test_runs_are_those_of_a_walk_along_the_row(lengths, padding, most):
     """Start and length of every sample and of the padding behind them, -1 beyond; a row of more than `most` samples is said to hold them."""
     row = [i for i, n in enumerate(lengths, 1) for _ in range(n)] + [0] * padding
@@ -33,6 +33,13 @@ def test_runs_are_those_of_a_walk_along_the_row(lengths, padding, most):
         beyond = [-1] * (most + 1 - len(walked))
         assert found.length[0].tolist() == walked + beyond
         assert found.start[0].tolist() == [sum(walked[:i]) for i in range(len(walked))] + beyond
+
+
+def test_rows_of_one_sample_are_one_run():
+    """One sample, with or without padding behind it, or padding alone; two samples, or padding before one, are something else."""
+    rows = jnp.asarray([[1, 1, 1], [1, 1, 0], [0, 0, 0], [1, 1, 2], [0, 1, 1], [1, 0, 1]])
+    found, fits = runs(rows, 1)
+    assert fits.tolist() == [True] * 3 + [False] * 3 and found.start.tolist() == [[0]] * 6 and found.length.tolist() == [[3]] * 6
 
 
 def by_mask(q, k, v, given: Runs):
@@ -58,6 +65,9 @@ def test_a_model_is_the_same_told_of_samples(monkeypatch):
         mine, own = jax.value_and_grad(loss, argnums=1)(CONFIG.replace(remat=remat), params, ids, SEGMENTS)
         np.testing.assert_allclose(mine, expected, rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), own, slope)
+    alone = np.array([[1] * 16, [1] * 9 + [0] * 7, [1] + [0] * 15], np.int32)
+    one, other = (models.hidden_states(config, params, ids, segment_ids=alone) for config in (CONFIG.replace(max_segments=1), plain))
+    np.testing.assert_allclose(one, other, atol=1e-5)
     fewer = models.hidden_states(CONFIG.replace(max_segments=2), params, ids, segment_ids=SEGMENTS)
     assert np.isnan(fewer).all(axis=(1, 2)).tolist() == [False, False, True]  # the first row's third run fits where padding would be
 
@@ -83,8 +93,9 @@ def test_no_mask_is_formed(monkeypatch):
 
 
 def test_a_row_may_hold_twice_the_samples_of_the_mean():
-    """A power of two, 2 at least; 0, by mask, beyond 64."""
-    assert [segments_for(tokens, 2048) for tokens in (2048, 2047, 1024, 512, 150, 64, 63, 1)] == [2, 4, 4, 8, 32, 64, 0, 0]
+    """A power of two; 1 where no two fit into a row; 0, by mask, beyond 64."""
+    assert [segments_for(tokens, 20, 2048) for tokens in (2048, 2047, 1024, 512, 150, 64, 63, 1)] == [2, 4, 4, 8, 32, 64, 0, 0]
+    assert [segments_for(1500, shortest, 2048) for shortest in (1024, 1025)] == [4, 1]
 
 
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN's kernel needs an NVIDIA GPU")

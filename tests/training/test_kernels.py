@@ -10,6 +10,7 @@ from rich.console import Console
 
 from qtjax import models
 from qtjax.models.attention import Segments, attend, kernel_for, visible
+from qtjax.training.kernels import with_segments
 from qtjax.training.programs import _in_dtype
 from qtjax.training.run import open_session
 from qtjax.training.run_folder import RunFolder
@@ -40,6 +41,53 @@ def test_a_run_says_which_attention_it_takes(tiny_config, monkeypatch, changes, 
         open_session(config, folder, Console(file=told, width=200)).close()
     assert f"attention: {said}\n" in told.getvalue()
     assert bool(ran) == said.startswith("blocks")
+
+
+def test_a_run_told_of_samples_trains_the_same(tiny_config, tmp_path, monkeypatch):
+    """Where cuDNN's kernel is told of two samples of a row at most, no row of a run holds more, and its losses are plain attention's."""
+    from qtjax.evals import rows as held_out
+    from qtjax.models import attention
+    from qtjax.training import batch, run
+
+    def by_mask(q, k, v, given):
+        slots = jnp.arange(q.shape[1])
+        own = jnp.sum(jnp.where(given.start < 0, q.shape[1], given.start)[:, :, None] <= slots, axis=1)
+        return jax.nn.dot_product_attention(q, k, v, mask=visible(slots, slots, own, own, None), implementation="xla")
+
+    held: list[int] = []
+    for place in (batch, held_out):
+        monkeypatch.setattr(place, "fill_rows", lambda *a, own=place.fill_rows: held.append(max(map(len, a[1]))) or own(*a))
+    monkeypatch.setattr(attention, "by_runs", by_mask)
+
+    def losses(name, **promised):
+        monkeypatch.setattr(run, "with_segments", lambda config, *_: config.replace(**promised))
+        config, told = tiny_config(**{"run.folder": str(tmp_path / name)}), io.StringIO()
+        with RunFolder.open(config) as folder:
+            session = open_session(config, folder, Console(file=told, width=200))
+            found = [session.loop.step(i, session.total_steps)[0]["loss"] for i in range(2)]
+            session.close()
+        return found, told.getvalue()
+
+    plain, _ = losses("plain", attention="xla")
+    assert max(held) > 2
+    held.clear()
+    told, said = losses("told", attention="cudnn", max_segments=2)
+    assert max(held) == 2 and "attention: cudnn, by sample, at most 2 in a row\n" in said
+    np.testing.assert_allclose(told, plain, rtol=1e-5)
+
+
+def test_cudnn_is_told_of_samples_where_it_can_be():
+    """On one GPU of compute capability 9 or later; elsewhere, and with other kernels, by mask."""
+    def mesh(capability, size=1):
+        device = type("Device", (), {"compute_capability": capability} if capability else {})()
+        return type("Mesh", (), {"devices": np.array([device]), "size": size})()
+
+    config, lengths = SMALL.replace(dtype="bfloat16", attention="cudnn"), np.array([100, 200])
+    assert with_segments(config, mesh("9.0"), lengths, 512).max_segments == 8
+    assert with_segments(config, mesh("12.0"), lengths, 128).max_segments == 1
+    assert with_segments(config, mesh("9.0"), lengths, 128, keep=0.5).max_segments == 2  # pruned samples may be shorter
+    others = (config, mesh("8.9")), (config, mesh("9.0", 2)), (config, mesh(None)), (config.replace(attention="xla"), mesh("9.0"))
+    assert {with_segments(*each, lengths, 512).max_segments for each in others} == {0}
 
 
 def test_rows_that_cudnn_refuses_take_plain_attention():
