@@ -194,6 +194,7 @@ def answers(size):
         for name in size.models:
             plain = {"nll": [6.0, 8.0], "entropy": [5.0, 5.0]}
             found[name] = {kind: dict(plain) if kind == "score" else [7.0, 6.8, 6.6] for kind in small_kinds(size, name)} | {"plain": plain}
+            found[name] |= {"packed": dict(plain), "plain packed": plain}
         out.append({"status": "done", "models": found, "versions": {framework: "1"}})
     return out[0] | {"device": "NVIDIA H100", "backend": "gpu", "machine": "a card", "matrix_rate": 8e14, "xla_flags": ""}, out[1]
 
@@ -209,6 +210,9 @@ def test_what_does_not_agree_is_not_measured():
     mine, other = answers(TINY)
     mine["models"][TINY.full]["score"]["entropy"] = [math.nan, 5.0]
     assert check.problems(TINY, mine, other).keys() == {("qtjax", "score", TINY.full), ("qtjax", "q-tuning", TINY.full)}
+    mine, other = answers(TINY)
+    mine["models"][TINY.lora]["packed"]["nll"] = [8.0, 6.0]  # grouped heads, packed: Q-Tuning's rows alone are of that kind
+    assert check.problems(TINY, mine, other).keys() == {("qtjax", "q-tuning", TINY.full)}
     for losses in ([7.02, 6.8, 6.6], [7.0, 7.0, 7.0]):  # begins elsewhere than plain float32; learns nothing
         mine, _ = answers(TINY)
         mine["models"][TINY.full]["full"] = losses
@@ -286,6 +290,7 @@ def test_small_models_agree_with_plain_float32(size, name, tmp_path):
     kinds = small_kinds(SIZES[size], name)
     found = ours.small_results({"folder": str(tmp_path), "rate": 1e-3, "kinds": {name: kinds}}, SIZES[size], name, ours.one_device())
     assert check.scores_differ(found["score"], found["plain"]) == "" and check.scores_differ(found["score"], {k: v[::-1] for k, v in found["plain"].items()})
+    assert check.scores_differ(found["packed"], found["plain packed"]) == "" and len(found["packed"]["nll"]) == 4 * 252 < len(found["score"]["nll"])
     assert all(check.losses_differ(found[kind], None, float(np.mean(found["plain"]["nll"]))) == "" for kind in kinds[1:])
 
 

@@ -34,7 +34,8 @@ def problems(size: Size, ours: Mapping[str, Any], theirs: Mapping[str, Any] | No
             if kind in mine:
                 said = losses_differ(mine[kind], other.get(kind), float(np.mean(mine["plain"]["nll"])))
                 out |= {("qtjax", kind, model): said, ("torch", kind, model): said}
-    out["qtjax", "q-tuning", size.full] = out["qtjax", "score", size.full] or out["qtjax", "full", size.full]
+    packed = [scores_differ(each["packed"], each["plain packed"]) for each in ours["models"].values()]
+    out["qtjax", "q-tuning", size.full] = next(filter(None, packed), "") or out["qtjax", "score", size.full] or out["qtjax", "full", size.full]
     return {key: said for key, said in out.items() if said}
 
 

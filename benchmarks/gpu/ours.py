@@ -97,13 +97,14 @@ def random_samples(vocab: int, count: int, length: int, prompt: int) -> Tokenize
 
 def open_loop(config: Config, model_config: ModelConfig, mesh: Mesh, params: Tree, dataset: TokenizedDataset) -> Loop:
     """Everything that qtjax.train would have loaded and compiled, at step 0."""
-    model_config = with_segments(model_config, mesh, dataset.lengths, config.train.row_length)
     overlay = new_overlay(config, model_config, params, ADAPTER, STEPS)
     model = Model(Subject(model_config, overlay), params)
     state, frozen, optimizer = start(config, mesh, model, STEPS)
     sizes = {"shapes": (config.train.rows,), "row_length": config.train.row_length}
+    keep = 1.0 if config.prune.token_pruner == "none" else config.prune.token_keep
+    subject = with_segments(model.subject, mesh, dataset.lengths, config.train.row_length, config.train.rows, keep)
     programs = Programs(
-        model.subject, mesh, config.prune, config.train.loss, optimizer, state, frozen,
+        subject, mesh, config.prune, config.train.loss, optimizer, state, frozen,
         samples=config.prune.batch_size, max_length=config.data.max_length, **sizes,
     )  # fmt: skip
     plan = BatchPlan(len(dataset), config.prune.batch_size)
@@ -166,9 +167,10 @@ def q_tuning(job: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def scoring(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Any:
-    """The run's compiled scoring pass over weights in the dtype that `config` stores: (params, frozen, rows) -> (nll, entropy) [rows, length]."""
-    subject = Subject(with_segments(config, mesh, np.array([length]), length), None)
+def scoring(config: ModelConfig, mesh: Mesh, rows: int, length: int, parts: int = 1) -> Any:
+    """The run's compiled scoring pass over weights in the dtype that `config` stores, `parts` samples a row: (params, frozen, rows) -> (nll,
+    entropy) [rows, length]."""
+    subject = with_segments(Subject(config, None), mesh, np.full(parts, length // parts), length, rows)
     params = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), models.abstract_params(config), param_shardings(config, mesh)
     )
@@ -179,10 +181,10 @@ def scoring(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> Any:
         return jobs[f"score {rows}"]()
 
 
-def whole_rows(mesh: Mesh, ids: np.ndarray) -> dict[str, jax.Array]:
-    """Rows of one sample each, every token a target but the first."""
-    slots = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-    rows = {"input_ids": ids, "position_ids": slots, "segment_ids": np.ones_like(slots), "task_ids": np.zeros_like(slots)}
+def whole_rows(mesh: Mesh, ids: np.ndarray, parts: int = 1) -> dict[str, jax.Array]:
+    """Rows of `parts` samples each, every token a target but a sample's first."""
+    segment, slots = (np.broadcast_to(x.astype(np.int32), ids.shape) for x in np.divmod(np.arange(ids.shape[1]), ids.shape[1] // parts))
+    rows = {"input_ids": ids, "position_ids": slots, "segment_ids": segment + 1, "task_ids": np.zeros_like(slots)}
     return rows_on_device(mesh, rows | {"weights": (slots > 0).astype(np.float32)})
 
 
@@ -240,8 +242,8 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     """The device and its matrix rate, and what every program gives on small models of the same families.
 
     Writes into job["folder"], by model: its weights, its tokens, a fresh adapter; the other framework computes the same from those.
-    Returns: by model and kind the losses of three optimizer steps, or nll and entropy of each target; `plain`: the latter in float32
-    from whole logits, without any of these programs.
+    Returns: by model and kind the losses of three optimizer steps, or nll and entropy of each target, `packed` where rows hold PARTS
+    samples; `plain` and `plain packed`: the latter in float32 from whole logits, without any of these programs.
     """
     size, mesh = SIZES[job["size"]], one_device()
     device = mesh.devices.flat[0]
@@ -266,13 +268,18 @@ def small_results(job: dict[str, Any], size: Size, name: str, mesh: Mesh) -> dic
     ids = dataset.input_ids.reshape(rows, length)
     np.save(folder / "ids.npy", ids)
     halved = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    with jax.default_matmul_precision("highest"):
-        logits = models.apply(plain, params, ids)[:, :-1]
-    log_p = jax.nn.log_softmax(logits)
-    nll = -jnp.take_along_axis(log_p, jnp.asarray(ids)[:, 1:, None], axis=-1)[..., 0]
-    out = {"plain": {"nll": listed(nll), "entropy": listed(-jnp.sum(jnp.exp(log_p) * log_p, axis=-1))}}
-    program = scoring(computing(small, "bfloat16", "none"), mesh, rows, length)
-    out["score"] = dict(zip(("nll", "entropy"), (listed(x[:, 1:]) for x in program(halved, {}, whole_rows(mesh, ids)))))
+    out = {}
+    for parts, names in ((1, ("plain", "score")), (PARTS, ("plain packed", "packed"))):
+        given = whole_rows(mesh, ids, parts)
+        real = np.asarray(given["weights"])[:, 1:] > 0
+        with jax.default_matmul_precision("highest"):
+            logits = models.apply(plain, params, ids, position_ids=given["position_ids"], segment_ids=given["segment_ids"])[:, :-1]
+        log_p = jax.nn.log_softmax(logits)
+        nll = -jnp.take_along_axis(log_p, jnp.asarray(ids)[:, 1:, None], axis=-1)[..., 0]
+        wanted = nll, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+        found = scoring(computing(small, "bfloat16", "none"), mesh, rows, length, parts)(halved, {}, given)
+        for name, pair in zip(names, (wanted, (x[:, 1:] for x in found))):
+            out[name] = dict(zip(("nll", "entropy"), (listed(np.asarray(x)[real]) for x in pair)))
     common = {"prune": FULL_DATA, "length": length, "rows": rows, "samples": rows, "sample_length": length, "rate": job["rate"]}
     if "lora" in job["kinds"][name]:
         config = computing(small, "bfloat16", "dots")

@@ -66,6 +66,7 @@ def scored_rows(
     Args: as `likelihood`, but `rows` is the shape that is launched (rounded up to the devices). `sample` of the packed rows
     counts in `samples`; scores are float32 [R, L] (nats) at targets, 0 elsewhere.
     """
+    config = config.replace(max_segments=0)  # that is of the training data
     ways = 1 if mesh is None else parallel.batch_size(mesh)
     rows = parallel.round_up(rows, ways)
     names = ("input_ids", "loss_mask", "position_ids", "segment_ids")
@@ -74,7 +75,7 @@ def scored_rows(
         some = samples[first : first + TOGETHER]
         if overlay is not None:
             check_task_ids(overlay.tasks, np.asarray([s.task_id for s in some], np.int32), (len(some),))
-        bins = pack([len(s.input_ids) for s in some], row_length, config.max_segments)
+        bins = pack([len(s.input_ids) for s in some], row_length)
         with jax.set_mesh(mesh) if mesh is not None else nullcontext():
             for at in range(0, len(bins), rows):
                 packed = fill_rows(some, bins[at : at + rows], rows, row_length)

@@ -8,7 +8,6 @@ from qtjax.models.config import ModelConfig, RopeScaling, unrolled
 from qtjax.models.edits import AttentionEdit, EmbeddingEdit, Edits, LinearEdit, NormEdit, combine_trees
 from qtjax.models.generate import generate
 from qtjax.models.int8 import int8_layers
-from qtjax.models.packed import segments_for
 from qtjax.models.passes import segments
 from qtjax.models.ratings import RATERS
 from qtjax.models.virtual import check_task_ids
@@ -43,7 +42,6 @@ __all__ = [
     "rated_hidden_states",
     "readout",
     "segments",
-    "segments_for",
     "takes_runs",
     "unrolled",
 ]

@@ -10,11 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-# The kernel's backward pass takes, as compiled for an H200 with grouped heads, 8 bytes for every run that a row may hold, slot and column of
-# the queries (16 samples, 8,192 slots, a width of 4,096: 4.6 GB), and at 64 samples as long as with a mask.
-_SEGMENTS = 16
-_SPARE = 2  # times the samples that a row holds in the mean
-
 
 class Runs(NamedTuple):
     """Every run of slots of one segment, padding's too, in the order of a row: int32 [B, M], -1 beyond the last.
@@ -27,16 +22,18 @@ class Runs(NamedTuple):
 
 
 def runs(segment_BL: Array, most: int) -> tuple[Runs, Array]:
-    """(the runs of each row where it holds at most `most` segments and padding behind them, bool [B]: whether it does)."""
+    """(the runs of each row of at most `most` samples and then padding, bool [B]: whether it is such a row)."""
     batch, length = segment_BL.shape
     begins = jnp.pad(segment_BL[:, 1:] != segment_BL[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    real = segment_BL != 0
+    fits = ((begins & real).sum(axis=1) <= most) & ~(real[:, 1:] & ~real[:, :-1]).any(axis=1)
     if most == 1:
         whole = jnp.full((batch, 1), length, jnp.int32)
-        return Runs(jnp.zeros_like(whole), whole), begins.sum(axis=1) <= 1 + (segment_BL[:, -1] == 0)
+        return Runs(jnp.zeros_like(whole), whole), fits
     start = jax.vmap(lambda row: jnp.nonzero(row, size=most + 1, fill_value=length)[0])(begins).astype(jnp.int32)
     stop = jnp.pad(start[:, 1:], ((0, 0), (0, 1)), constant_values=length)
-    real = start < length
-    return Runs(jnp.where(real, start, -1), jnp.where(real, stop - start, -1)), begins.sum(axis=1) <= most + 1
+    there = start < length
+    return Runs(jnp.where(there, start, -1), jnp.where(there, stop - start, -1)), fits
 
 
 def by_runs(q_BLHC: Array, k_BLKC: Array, v_BLKC: Array, given: Runs) -> Array:
@@ -50,16 +47,3 @@ def by_runs(q_BLHC: Array, k_BLKC: Array, v_BLKC: Array, given: Runs) -> Array:
         q_BLHC, k_BLKC, v_BLKC, q_seqlen=given.length, kv_seqlen=given.length, q_offsets=offsets, kv_offsets=offsets,
         scale=q_BLHC.shape[-1] ** -0.5, mask_type=cudnn.MaskType.PADDING_CAUSAL,
     )  # fmt: skip
-
-
-def segments_for(tokens: float, shortest: float, row_length: int) -> int:
-    """How many samples a row may hold: a power of two; 0, by mask, where they are many. tokens: of a sample in the mean; shortest: at least.
-
-    The kernel is compiled for a number of runs and takes memory and time for every one, there or not.
-    """
-    if 2 * shortest > row_length:
-        return 1
-    most = 2
-    while most * tokens < _SPARE * row_length:
-        most *= 2
-    return most if most <= _SEGMENTS else 0

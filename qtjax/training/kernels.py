@@ -1,24 +1,66 @@
-"""Which attention a run really takes, said before it starts."""
+"""Which attention a run really takes: what cuDNN's is told of its rows, and what the run says before it starts."""
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from qtjax.models import Edits, ModelConfig, kernel_for, segments_for, takes_runs
+from qtjax.data.packing import pack
+from qtjax.models import Edits, kernel_for, takes_runs
 from qtjax.overlays import Overlay
 from qtjax.training.state import Subject
 
 
-def with_segments(config: ModelConfig, mesh: Mesh, lengths: np.ndarray, row_length: int, keep: float = 1.0) -> ModelConfig:
-    """The config by which cuDNN's kernel is told of samples, on one GPU of Hopper's kind or later.
+MOST = 16  # samples of a row that the kernel is told of; with 64 it takes as long as with a mask (docs/performance.md)
+_LOSS = 1.03  # rows that holding no more samples may make of one
+_SHARE = 16  # a sixteenth of the device's memory for the kernel's workspace
+_OFFSETS = (0, 11, 2)  # the JAX before which offsets of keys are wrong where query heads share them
 
-    Args: lengths: of all samples, in tokens; keep: the least share of its tokens that pruning leaves a sample.
+
+def with_segments(subject: Subject, mesh: Mesh, lengths: np.ndarray, row_length: int, rows: int, keep: float = 1.0) -> Subject:
+    """The subject, its config saying how many samples a row may hold where cuDNN's kernel can be told of them (models/packed.py).
+
+    That is on one GPU of compute capability 9 or 10, for rows of samples alone. The kernel is compiled for a number of samples and takes
+    time and memory for every one, there or not: as compiled for an H200 with grouped heads 8 bytes of each, slot and column of the queries.
+
+    Args: lengths: of all samples, in tokens; rows: of the largest launch; keep: the least share of its tokens that pruning leaves a sample.
     """
-    capability = str(getattr(mesh.devices.flat[0], "compute_capability", "0"))
-    if config.attention != "cudnn" or mesh.size > 1 or float(capability) < 9:
-        return config
-    return config.replace(max_segments=segments_for(lengths.mean(), keep * lengths.min(), row_length))
+    config, device, most = subject.config, mesh.devices.flat[0], segments_for(lengths, row_length, keep)
+    told = config.replace(max_segments=most)
+    if mesh.size > 1 or not 9 <= _capability(device) < 11 or not takes_runs(told, row_length) or _among_others(subject):
+        return subject
+    workspace = 8 * (most + 1) * rows * row_length * config.num_attention_heads * config.head_dim
+    room = (device.memory_stats() or {}).get("bytes_limit", 0) / _SHARE
+    return subject if most > 1 and (jax.__version_info__ < _OFFSETS or workspace > room) else replace(subject, config=told)
+
+
+def segments_for(lengths: np.ndarray, row_length: int, keep: float = 1.0) -> int:
+    """The fewest samples of a row, a power of two, by which rows are hardly more than without that bound, pruned or not; 0: more than MOST.
+
+    Args: as `with_segments`.
+    """
+    some = np.asarray(lengths)[:: -(-len(lengths) // 512)]
+    cases = [(some, len(pack(some, row_length))) for some in (some, np.ceil(keep * some).astype(int))]
+    for most in (1, 2, 4, 8, MOST):
+        if all(len(pack(some, row_length, most)) <= _LOSS * rows for some, rows in cases):
+            return most
+    return 0
+
+
+def _capability(device: jax.Device) -> float:
+    """Of an NVIDIA GPU; 0 of anything else."""
+    try:
+        return float(getattr(device, "compute_capability", 0))
+    except ValueError:  # "gfx90a"
+        return 0.0
+
+
+def _among_others(subject: Subject) -> bool:
+    """Whether something stands in every row beside its samples."""
+    edits = None if subject.overlay is None else edits_of(subject.overlay)
+    return edits is not None and bool(edits.ahead or edits.prefix)
 
 
 def attention_said(subject: Subject, mesh: Mesh, shapes: tuple[int, ...], row_length: int, rater: str) -> str:
@@ -31,7 +73,7 @@ def attention_said(subject: Subject, mesh: Mesh, shapes: tuple[int, ...], row_le
     if taken != {config.attention}:
         return f"xla, since {config.attention} does not take rows of {row_length} with {config.num_key_value_heads} key heads of {config.head_dim} on this mesh"
     if takes_runs(config, row_length):
-        return f"cudnn, by sample, at most {config.max_segments} in a row"
+        return f"cudnn, by sample, at most {config.max_segments} in a row" + (f"; scoring by mask, since {rater} reads the weights" if rater else "")
     if config.attention == "cudnn":
         return "cudnn, by mask"
     return config.attention + (f"; scoring xla, since {rater} reads the weights" if rater and config.attention != "xla" else "")

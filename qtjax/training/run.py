@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +104,10 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     )
     model = load_model(config, mesh, steps)
     state, frozen, optimizer = start(config, mesh, model, steps)
-    subject = model.subject.shapes()
-    keep = config.prune.token_keep if config.prune.mode == "drop" else 1.0
-    subject = replace(subject, config=with_segments(subject.config, mesh, dataset.lengths, row_length, keep))
-    del model  # its weights are the state's, and go with it
+    keep = 1.0 if config.prune.token_pruner == "none" else config.prune.token_keep
     shapes = ladder(config.train.rows, batch_size(mesh), config.train.shapes)
+    subject = with_segments(model.subject.shapes(), mesh, dataset.lengths, row_length, max(shapes), keep)
+    del model  # its weights are the state's, and go with it
     loaded = time.perf_counter()
     samples = round_up(config.prune.batch_size, batch_size(mesh))
     quiet = contextlib.nullcontext(_Silent())  # without a terminal a spinner leaves blank lines

@@ -1,6 +1,7 @@
 """What a run says of its attention is what it takes."""
 
 import io
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,14 @@ import pytest
 from rich.console import Console
 
 from qtjax import models
+from qtjax.data.packing import pack
 from qtjax.models.attention import Segments, attend, kernel_for, visible
-from qtjax.training.kernels import with_segments
+from qtjax.training.kernels import segments_for, with_segments
 from qtjax.training.programs import _in_dtype
 from qtjax.training.run import open_session
 from qtjax.training.run_folder import RunFolder
+from qtjax.training.setup import check_overlay
+from qtjax.training.state import Subject
 
 SMALL = models.ModelConfig(
     vocab_size=8, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16
@@ -45,7 +49,6 @@ def test_a_run_says_which_attention_it_takes(tiny_config, monkeypatch, changes, 
 
 def test_a_run_told_of_samples_trains_the_same(tiny_config, tmp_path, monkeypatch):
     """Where cuDNN's kernel is told of two samples of a row at most, no row of a run holds more, and its losses are plain attention's."""
-    from qtjax.evals import rows as held_out
     from qtjax.models import attention
     from qtjax.training import batch, run
 
@@ -55,12 +58,11 @@ def test_a_run_told_of_samples_trains_the_same(tiny_config, tmp_path, monkeypatc
         return jax.nn.dot_product_attention(q, k, v, mask=visible(slots, slots, own, own, None), implementation="xla")
 
     held: list[int] = []
-    for place in (batch, held_out):
-        monkeypatch.setattr(place, "fill_rows", lambda *a, own=place.fill_rows: held.append(max(map(len, a[1]))) or own(*a))
+    monkeypatch.setattr(batch, "fill_rows", lambda *a, own=batch.fill_rows: held.append(max(map(len, a[1]))) or own(*a))
     monkeypatch.setattr(attention, "by_runs", by_mask)
 
     def losses(name, **promised):
-        monkeypatch.setattr(run, "with_segments", lambda config, *_: config.replace(**promised))
+        monkeypatch.setattr(run, "with_segments", lambda subject, *_: replace(subject, config=subject.config.replace(**promised)))
         config, told = tiny_config(**{"run.folder": str(tmp_path / name)}), io.StringIO()
         with RunFolder.open(config) as folder:
             session = open_session(config, folder, Console(file=told, width=200))
@@ -76,18 +78,49 @@ def test_a_run_told_of_samples_trains_the_same(tiny_config, tmp_path, monkeypatc
     np.testing.assert_allclose(told, plain, rtol=1e-5)
 
 
-def test_cudnn_is_told_of_samples_where_it_can_be():
-    """On one GPU of compute capability 9 or later; elsewhere, and with other kernels, by mask."""
-    def mesh(capability, size=1):
-        device = type("Device", (), {"compute_capability": capability} if capability else {})()
-        return type("Mesh", (), {"devices": np.array([device]), "size": size})()
+def card(capability, size=1, memory=80 * 2**30):
+    """As much of a mesh as is looked at."""
+    facts = {"compute_capability": capability} if capability else {}
+    device = type("Device", (), facts | {"memory_stats": lambda self: {"bytes_limit": memory}})()
+    return type("Mesh", (), {"devices": np.array([device]), "size": size})()
 
-    config, lengths = SMALL.replace(dtype="bfloat16", attention="cudnn"), np.array([100, 200])
-    assert with_segments(config, mesh("9.0"), lengths, 512).max_segments == 8
-    assert with_segments(config, mesh("12.0"), lengths, 128).max_segments == 1
-    assert with_segments(config, mesh("9.0"), lengths, 128, keep=0.5).max_segments == 2  # pruned samples may be shorter
-    others = (config, mesh("8.9")), (config, mesh("9.0", 2)), (config, mesh(None)), (config.replace(attention="xla"), mesh("9.0"))
-    assert {with_segments(*each, lengths, 512).max_segments for each in others} == {0}
+
+def test_cudnn_is_told_of_samples_where_it_can_be(monkeypatch):
+    """On one GPU of compute capability 9 or 10 with memory for it; elsewhere, for other kernels and beside virtual tokens by mask."""
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    subject = Subject(SMALL.replace(dtype="bfloat16", attention="cudnn"), None)
+    whole, halves = np.full(40, 512), np.full(40, 256)
+
+    def most(mesh, lengths=halves, subject=subject, rows=8, **more):
+        return with_segments(subject, mesh, lengths, 512, rows, **more).config.max_segments
+
+    assert most(card("9.0")) == 2 and most(card("10.3"), whole) == 1 and most(card("9.0"), whole, keep=0.5) == 2
+    assert {most(mesh) for mesh in (card("8.9"), card("12.0"), card("9.0", 2), card(None), card("gfx90a"))} == {0}
+    # 8 bytes x 3 runs x 8 x 512 slots x 32 columns are 3 MiB, a sixteenth of 48; rows of one sample need none
+    assert [most(card("9.0", memory=mib * 2**20)) for mib in (48, 47)] == [2, 0] and most(card("9.0", memory=0), whole) == 1
+    assert most(card("9.0"), subject=Subject(subject.config.replace(attention="xla"), None)) == 0
+    assert most(card("9.0"), subject=Subject(subject.config.replace(sliding_window=100), None)) == 0
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))  # offsets of shared keys are wrong there
+    assert most(card("9.0")) == 0 and most(card("9.0"), whole) == 1
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_virtual_tokens_keep_the_mask(tiny_config, method):
+    """Beside a prompt or a prefix no row is cut for a kernel that does not run."""
+    config = tiny_config(**{"overlay.method": method, "overlay.fields": "num_virtual_tokens=2"})
+    subject = Subject(SMALL.replace(dtype="bfloat16", attention="cudnn"), check_overlay(config, SMALL))
+    assert with_segments(subject, card("9.0"), np.full(40, 512), 512, 8) is subject
+    alone = replace(subject, overlay=check_overlay(tiny_config(**{"overlay.method": "lora", "overlay.r": 2}), SMALL))
+    assert with_segments(alone, card("9.0"), np.full(40, 512), 512, 8).config.max_segments == 1
+
+
+def test_a_row_may_hold_as_many_samples_as_cost_no_rows():
+    """The fewest by which at most 3 % more rows are needed, by hand for equal lengths; short samples among long ones ask for more; 0 beyond 16."""
+    assert [segments_for(np.full(100, n), 512) for n in (512, 257, 256, 128, 65, 64, 33, 32, 30)] == [1, 1, 2, 4, 8, 8, 16, 16, 0]
+    assert segments_for(np.full(100, 512), 512, keep=0.25) == 4
+    mixed = np.array([500] * 25 + [40] * 75)
+    most = segments_for(mixed, 512)
+    assert most > 2 and len(pack(mixed, 512, most)) <= 1.03 * len(pack(mixed, 512)) < len(pack(mixed, 512, most // 2))
 
 
 def test_rows_that_cudnn_refuses_take_plain_attention():
