@@ -46,5 +46,5 @@ def test_other_devices_are_refused():
     """A CPU is named, and what would do."""
     if jax.default_backend() != "cpu":
         pytest.skip("this is about a CPU")
-    with pytest.raises(QtjaxError, match="cpu: .*compute capability 9"):
+    with pytest.raises(QtjaxError, match="cpu: .*on Hopper GPUs only"):
         attention.main([])

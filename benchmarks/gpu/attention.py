@@ -1,4 +1,4 @@
-"""cuDNN's attention told of samples beside the same kernel with a mask, on one NVIDIA GPU of compute capability 9 or later.
+"""cuDNN's attention told of samples beside the same kernel with a mask, on one Hopper GPU.
 
     python -m benchmarks.gpu.attention
 
@@ -22,6 +22,7 @@ from qtjax.flags import parse_flags
 from qtjax.models import ModelConfig
 from qtjax.models.attention import attend, visible
 from qtjax.models.packed import runs
+from qtjax.training.kernels import HOPPER, MOST, capability
 
 ROUNDING = 0.01  # of the norm: bfloat16's 2^-9, several in a row
 LAUNCHES = 10
@@ -39,13 +40,11 @@ class Case:
     samples: int
 
 
-CASES = tuple(
-    Case(*shape, samples) for shape in ((4, 2048, 32, 32, 64), (2, 4096, 32, 8, 128)) for samples in (1, 4, 16)
-)
+CASES = tuple(Case(*shape, samples) for shape in ((4, 2048, 32, 32, 64), (2, 4096, 32, 8, 128)) for samples in (1, 4, MOST))
 
 
 def kernels(case: Case, segment: Array, most: int) -> dict[str, Callable[..., Array]]:
-    """{way: (q, k, v) -> averages}; both are what a model runs."""
+    """{way: (q, k, v) -> averages}, by the code of a model; `most`: samples that the kernel has room for."""
     config = ModelConfig(attention="cudnn", dtype="bfloat16", head_dim=case.dim, num_attention_heads=case.heads, num_key_value_heads=case.kv_heads)
     slots = jnp.arange(case.length, dtype=jnp.int32)
     return {
@@ -131,8 +130,8 @@ def table(results: dict[Case, dict[str, tuple[float, float]]], device: str) -> T
 def main(argv: Sequence[str] | None = None) -> None:
     parse_flags("python -m benchmarks.gpu.attention", __doc__.splitlines()[0], argv, {})
     device = jax.devices()[0]
-    if float(getattr(device, "compute_capability", "0")) < 9:
-        raise QtjaxError(f"{device.device_kind}: cuDNN takes samples on NVIDIA GPUs of compute capability 9 or later only; run it on one (H100, H200)")
+    if capability(device) // 1 != HOPPER:
+        raise QtjaxError(f"{device.device_kind}: cuDNN is told of samples on Hopper GPUs only; run it on one (H100, H200)")
     console = Console(width=None if Console().is_terminal else 140)
     console.print(table({case: measured(case) for case in CASES}, device.device_kind))
 

@@ -278,8 +278,8 @@ def small_results(job: dict[str, Any], size: Size, name: str, mesh: Mesh) -> dic
         nll = -jnp.take_along_axis(log_p, jnp.asarray(ids)[:, 1:, None], axis=-1)[..., 0]
         wanted = nll, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
         found = scoring(computing(small, "bfloat16", "none"), mesh, rows, length, parts)(halved, {}, given)
-        for name, pair in zip(names, (wanted, (x[:, 1:] for x in found))):
-            out[name] = dict(zip(("nll", "entropy"), (listed(np.asarray(x)[real]) for x in pair)))
+        for kind, pair in zip(names, (wanted, (x[:, 1:] for x in found))):
+            out[kind] = dict(zip(("nll", "entropy"), (listed(np.asarray(x)[real]) for x in pair)))
     common = {"prune": FULL_DATA, "length": length, "rows": rows, "samples": rows, "sample_length": length, "rate": job["rate"]}
     if "lora" in job["kinds"][name]:
         config = computing(small, "bfloat16", "dots")

@@ -1,4 +1,4 @@
-"""Attention on an NVIDIA GPU of Hopper's kind or later, run by run: cuDNN's kernel told where the samples of a packed row begin.
+"""Attention on a Hopper GPU, run by run: cuDNN's kernel told where the samples of a packed row begin.
 
 Told by a mask, [B, L, L], it computes all of a row and reads the mask in every layer: 1.5 to 2 times the seconds of a plain causal kernel
 where a row is one sample, and more where it is several (docs/performance.md). B batch, L length, M runs, H and K heads, C head dim.

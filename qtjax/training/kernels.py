@@ -14,6 +14,7 @@ from qtjax.training.state import Subject
 
 
 MOST = 16  # samples of a row that the kernel is told of; with 64 it takes as long as with a mask (docs/performance.md)
+HOPPER = 9  # compute capability
 _LOSS = 1.03  # rows that holding no more samples may make of one
 _SHARE = 16  # a sixteenth of the device's memory for the kernel's workspace
 _OFFSETS = (0, 11, 2)  # the JAX before which offsets of keys are wrong where query heads share them
@@ -22,18 +23,19 @@ _OFFSETS = (0, 11, 2)  # the JAX before which offsets of keys are wrong where qu
 def with_segments(subject: Subject, mesh: Mesh, lengths: np.ndarray, row_length: int, rows: int, keep: float = 1.0) -> Subject:
     """The subject, its config saying how many samples a row may hold where cuDNN's kernel can be told of them (models/packed.py).
 
-    That is on one GPU of compute capability 9 or 10, for rows of samples alone. The kernel is compiled for a number of samples and takes
+    That is on one Hopper GPU (it has been run on no other), for rows of samples alone. The kernel is compiled for a number of samples and takes
     time and memory for every one, there or not: as compiled for an H200 with grouped heads 8 bytes of each, slot and column of the queries.
 
     Args: lengths: of all samples, in tokens; rows: of the largest launch; keep: the least share of its tokens that pruning leaves a sample.
     """
     config, device, most = subject.config, mesh.devices.flat[0], segments_for(lengths, row_length, keep)
     told = config.replace(max_segments=most)
-    if mesh.size > 1 or not 9 <= _capability(device) < 11 or not takes_runs(told, row_length) or _among_others(subject):
+    if mesh.size > 1 or capability(device) // 1 != HOPPER or not takes_runs(told, row_length) or _among_others(subject):
         return subject
     workspace = 8 * (most + 1) * rows * row_length * config.num_attention_heads * config.head_dim
     room = (device.memory_stats() or {}).get("bytes_limit", 0) / _SHARE
-    return subject if most > 1 and (jax.__version_info__ < _OFFSETS or workspace > room) else replace(subject, config=told)
+    wrong = config.num_key_value_heads < config.num_attention_heads and jax.__version_info__ < _OFFSETS
+    return subject if most > 1 and (wrong or workspace > room) else replace(subject, config=told)
 
 
 def segments_for(lengths: np.ndarray, row_length: int, keep: float = 1.0) -> int:
@@ -49,7 +51,7 @@ def segments_for(lengths: np.ndarray, row_length: int, keep: float = 1.0) -> int
     return 0
 
 
-def _capability(device: jax.Device) -> float:
+def capability(device: jax.Device) -> float:
     """Of an NVIDIA GPU; 0 of anything else."""
     try:
         return float(getattr(device, "compute_capability", 0))

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from qtjax import models
-from qtjax.data.packing import pack
+from qtjax.data.packing import Sample, pack
 from qtjax.models.attention import Segments, attend, kernel_for, visible
 from qtjax.training.kernels import segments_for, with_segments
 from qtjax.training.programs import _in_dtype
@@ -86,7 +86,7 @@ def card(capability, size=1, memory=80 * 2**30):
 
 
 def test_cudnn_is_told_of_samples_where_it_can_be(monkeypatch):
-    """On one GPU of compute capability 9 or 10 with memory for it; elsewhere, for other kernels and beside virtual tokens by mask."""
+    """On one Hopper GPU with memory for it; elsewhere and for other kernels by mask."""
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
     subject = Subject(SMALL.replace(dtype="bfloat16", attention="cudnn"), None)
     whole, halves = np.full(40, 512), np.full(40, 256)
@@ -94,14 +94,32 @@ def test_cudnn_is_told_of_samples_where_it_can_be(monkeypatch):
     def most(mesh, lengths=halves, subject=subject, rows=8, **more):
         return with_segments(subject, mesh, lengths, 512, rows, **more).config.max_segments
 
-    assert most(card("9.0")) == 2 and most(card("10.3"), whole) == 1 and most(card("9.0"), whole, keep=0.5) == 2
-    assert {most(mesh) for mesh in (card("8.9"), card("12.0"), card("9.0", 2), card(None), card("gfx90a"))} == {0}
+    assert most(card("9.0")) == 2 and most(card("9.0"), whole) == 1 and most(card("9.0"), whole, keep=0.5) == 2
+    assert {most(mesh) for mesh in (card("8.9"), card("10.0"), card("9.0", 2), card(None), card("gfx90a"))} == {0}
     # 8 bytes x 3 runs x 8 x 512 slots x 32 columns are 3 MiB, a sixteenth of 48; rows of one sample need none
     assert [most(card("9.0", memory=mib * 2**20)) for mib in (48, 47)] == [2, 0] and most(card("9.0", memory=0), whole) == 1
     assert most(card("9.0"), subject=Subject(subject.config.replace(attention="xla"), None)) == 0
     assert most(card("9.0"), subject=Subject(subject.config.replace(sliding_window=100), None)) == 0
+    shared = Subject(subject.config.replace(num_key_value_heads=1), None)
+    assert most(card("9.0"), subject=shared) == 2
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))  # offsets of shared keys are wrong there
-    assert most(card("9.0")) == 0 and most(card("9.0"), whole) == 1
+    assert most(card("9.0"), subject=shared) == 0 and most(card("9.0"), whole, shared) == 1 and most(card("9.0")) == 2
+
+
+def test_held_out_rows_are_packed_by_their_own_lengths(monkeypatch):
+    """What training's rows may hold says nothing of held-out samples: short ones share rows, and the kernel is promised nothing of them."""
+    from qtjax.evals import rows
+
+    seen = []
+
+    def scores(config, params, overlay, given, mesh, rater):
+        seen.append((config.max_segments, given["segment_ids"].max()))
+        return [np.ones(given["segment_ids"].shape)] * 2
+
+    monkeypatch.setattr(rows, "_token_scores", scores)
+    samples = [Sample(np.arange(4, dtype=np.int32), np.ones(4, bool), np.arange(4, dtype=np.int32))] * 8
+    found = rows.likelihood(SMALL.replace(attention="cudnn", max_segments=1), {}, samples, row_length=16, rows=8)
+    assert seen == [(0, 4)] and found.targets.tolist() == [3] * 8
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
