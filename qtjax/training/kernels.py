@@ -24,7 +24,8 @@ def with_segments(subject: Subject, mesh: Mesh, lengths: np.ndarray, row_length:
     """The subject, its config saying how many samples a row may hold where cuDNN's kernel can be told of them (models/packed.py).
 
     That is on one Hopper GPU (it has been run on no other), for rows of samples alone. The kernel is compiled for a number of samples and takes
-    time and memory for every one, there or not: as compiled for an H200 with grouped heads 8 bytes of each, slot and column of the queries.
+    time and memory for every one, there or not: as compiled for an H200 with grouped heads 8 bytes of each, slot and column of the queries,
+    and in every layer 4 bytes of each, slot and head.
 
     Args: lengths: of all samples, in tokens; rows: of the largest launch; keep: the least share of its tokens that pruning leaves a sample.
     """
@@ -32,7 +33,8 @@ def with_segments(subject: Subject, mesh: Mesh, lengths: np.ndarray, row_length:
     told = config.replace(max_segments=most)
     if mesh.size > 1 or capability(device) // 1 != HOPPER or not takes_runs(told, row_length) or _among_others(subject):
         return subject
-    workspace = 8 * (most + 1) * rows * row_length * config.num_attention_heads * config.head_dim
+    kept = config.num_hidden_layers if config.remat in ("none", "dots") else 1  # layers whose sums wait for the backward pass
+    workspace = (most + 1) * rows * row_length * config.num_attention_heads * (8 * config.head_dim + 4 * kept)
     room = (device.memory_stats() or {}).get("bytes_limit", 0) / _SHARE
     wrong = config.num_key_value_heads < config.num_attention_heads and jax.__version_info__ < _OFFSETS
     return subject if most > 1 and (wrong or workspace > room) else replace(subject, config=told)

@@ -96,8 +96,12 @@ def test_cudnn_is_told_of_samples_where_it_can_be(monkeypatch):
 
     assert most(card("9.0")) == 2 and most(card("9.0"), whole) == 1 and most(card("9.0"), whole, keep=0.5) == 2
     assert {most(mesh) for mesh in (card("8.9"), card("10.0"), card("9.0", 2), card(None), card("gfx90a"))} == {0}
-    # 8 bytes x 3 runs x 8 x 512 slots x 32 columns are 3 MiB, a sixteenth of 48; rows of one sample need none
-    assert [most(card("9.0", memory=mib * 2**20)) for mib in (48, 47)] == [2, 0] and most(card("9.0", memory=0), whole) == 1
+    # 3 runs x 8 x 512 slots x (8 bytes x 32 columns + 4 bytes x 2 heads x 8 layers) are 3.75 MiB, a sixteenth of 60; 8 layers or, recomputed, 1
+    deep = Subject(subject.config.replace(num_hidden_layers=8), None)
+    assert [most(card("9.0", memory=mib * 2**20), subject=deep) for mib in (60, 59)] == [2, 0]
+    again = Subject(deep.config.replace(remat="full"), None)
+    assert [most(card("9.0", memory=mib * 2**20), subject=again) for mib in (50, 49)] == [2, 0]
+    assert most(card("9.0", memory=0), whole) == 1  # rows of one sample need none
     assert most(card("9.0"), subject=Subject(subject.config.replace(attention="xla"), None)) == 0
     assert most(card("9.0"), subject=Subject(subject.config.replace(sliding_window=100), None)) == 0
     shared = Subject(subject.config.replace(num_key_value_heads=1), None)
