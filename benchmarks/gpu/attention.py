@@ -76,7 +76,8 @@ def check(case: Case) -> float:
     segment = segments(few).at[1, few.length // 2 + 3 :].set(0)
     given, real, slots = drawn(few), (segment != 0)[..., None, None], jnp.arange(few.length)
     plain = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=visible(slots, slots, segment, segment, None), implementation="xla")  # noqa: E731
-    exact = slopes(plain, real)(*(x.astype(jnp.float32) for x in given))
+    with jax.default_matmul_precision("highest"):
+        exact = slopes(plain, real)(*(x.astype(jnp.float32) for x in given))
     worst = 0.0
     for kernel in kernels(few, segment, case.samples).values():
         for mine, wanted in zip(jax.jit(slopes(kernel, real))(*given), exact):

@@ -101,8 +101,7 @@ def open_loop(config: Config, model_config: ModelConfig, mesh: Mesh, params: Tre
     model = Model(Subject(model_config, overlay), params)
     state, frozen, optimizer = start(config, mesh, model, STEPS)
     sizes = {"shapes": (config.train.rows,), "row_length": config.train.row_length}
-    keep = 1.0 if config.prune.token_pruner == "none" else config.prune.token_keep
-    subject = with_segments(model.subject, mesh, dataset.lengths, config.train.row_length, config.train.rows, keep)
+    subject = with_segments(model.subject, mesh, dataset.lengths, config.train.row_length, config.train.rows)
     programs = Programs(
         subject, mesh, config.prune, config.train.loss, optimizer, state, frozen,
         samples=config.prune.batch_size, max_length=config.data.max_length, **sizes,

@@ -33,7 +33,7 @@ class ModelConfig:
     `dtype` is the compute dtype, `param_dtype` the storage dtype; `remat` none | dots | full | offload;
     `unroll_layers` trades compile time for step time; `quantization` None | nf4 | int8 | int4 of the layers' kernels;
     `attention` xla (any mask) | blocks (CPU) | cudnn (NVIDIA) | splash (TPU): all equal but for rounding (models/attention.py);
-    `max_segments`: samples that a row holds at most, padding behind them, which lets cudnn do without a mask; 0: any rows. Another row is NaN.
+    `max_segments`: samples that a row holds at most, each in one piece, padding behind them, which lets cudnn do without a mask; 0: any rows. Another row is NaN.
     """
 
     model_type: str = "llama"

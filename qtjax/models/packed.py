@@ -37,7 +37,7 @@ def runs(segment_BL: Array, most: int) -> tuple[Runs, Array]:
 
 
 def by_runs(q_BLHC: Array, k_BLKC: Array, v_BLKC: Array, given: Runs) -> Array:
-    """Softmax attention of every slot to those of its own run that are not later; padding sees padding. [B, L, H, C], differentiable."""
+    """Softmax attention of every slot to those of its own run that are not later. [B, L, H, C], differentiable."""
     if given.start.shape[1] == 1:
         return jax.nn.dot_product_attention(q_BLHC, k_BLKC, v_BLKC, is_causal=True, implementation="cudnn")
     from jax._src.cudnn import fused_attention_stablehlo as cudnn  # jax.nn's door to it takes no offsets

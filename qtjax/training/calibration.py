@@ -67,7 +67,7 @@ def fit_posterior(
             "overlay.method = 'laplace': all answers of the training data begin with the same token, so there is nothing to be"
             " calibrated; use lora"
         )
-    return fit_laplace(config, params, overlay, fit.input_ids, fit.attention_mask, classes, prior="evidence"), classes
+    return fit_laplace(_differentiable(config), params, overlay, fit.input_ids, fit.attention_mask, classes, prior="evidence"), classes
 
 
 def calibrate(
@@ -78,6 +78,7 @@ def calibrate(
     The summary: rows, classes; calibration_error, accuracy (fractions 0-1) and nll (nats per row) before, with the trained
     weights alone, and after, under the posterior (probit); prior_precision by evidence.
     """
+    config = _differentiable(config)
     fitted, classes = fit_posterior(config, params, overlay, training)
     test = None if held_out is None else prompts(held_out, classes)
     if test is None or not len(test.labels):
@@ -88,6 +89,11 @@ def calibrate(
         "rows": len(test.labels), "classes": len(classes), "prior_precision": fitted.spec.prior.prior_precision,
         "before": _measured(jax.nn.softmax(logits), test.labels), "after": _measured(after, test.labels),
     }  # fmt: skip
+
+
+def _differentiable(config: ModelConfig) -> ModelConfig:
+    """Plain attention in cuDNN's place, whose backward pass JAX cannot run for many outputs at once."""
+    return config.replace(attention="xla", max_segments=0) if config.attention == "cudnn" else config
 
 
 def _measured(probabilities: Any, labels: np.ndarray) -> dict[str, float]:

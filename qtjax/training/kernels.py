@@ -17,7 +17,7 @@ MOST = 16  # samples of a row that the kernel is told of; with 64 it takes as lo
 HOPPER = 9  # compute capability
 _LOSS = 1.03  # rows that holding no more samples may make of one
 _SHARE = 16  # a sixteenth of the device's memory for the kernel's workspace
-_OFFSETS = (0, 11, 2)  # the JAX before which offsets of keys are wrong where query heads share them
+_OFFSETS = (0, 11, 1)  # the JAX before which offsets of keys are wrong where query heads share them
 
 
 def with_segments(subject: Subject, mesh: Mesh, lengths: np.ndarray, row_length: int, rows: int, keep: float = 1.0) -> Subject:
@@ -27,17 +27,18 @@ def with_segments(subject: Subject, mesh: Mesh, lengths: np.ndarray, row_length:
     time and memory for every one, there or not: as compiled for an H200 with grouped heads 8 bytes of each, slot and column of the queries,
     and in every layer 4 bytes of each, slot and head.
 
-    Args: lengths: of all samples, in tokens; rows: of the largest launch; keep: the least share of its tokens that pruning leaves a sample.
+    Args: lengths: of all samples, in tokens; rows: of the largest launch; keep: the least share of its tokens that dropping some leaves a sample.
     """
-    config, device, most = subject.config, mesh.devices.flat[0], segments_for(lengths, row_length, keep)
-    told = config.replace(max_segments=most)
-    if mesh.size > 1 or capability(device) // 1 != HOPPER or not takes_runs(told, row_length) or _among_others(subject):
+    config, device = subject.config, mesh.devices.flat[0]
+    if mesh.size > 1 or capability(device) // 1 != HOPPER or not takes_runs(config.replace(max_segments=1), row_length) or _among_others(subject):
         return subject
+    most = segments_for(lengths, row_length, keep)
+    told = config.replace(max_segments=most)
     kept = config.num_hidden_layers if config.remat in ("none", "dots") else 1  # layers whose sums wait for the backward pass
     workspace = (most + 1) * rows * row_length * config.num_attention_heads * (8 * config.head_dim + 4 * kept)
-    room = (device.memory_stats() or {}).get("bytes_limit", 0) / _SHARE
+    memory = (device.memory_stats() or {}).get("bytes_limit") or 0
     wrong = config.num_key_value_heads < config.num_attention_heads and jax.__version_info__ < _OFFSETS
-    return subject if most > 1 and (wrong or workspace > room) else replace(subject, config=told)
+    return subject if most > 1 and (wrong or workspace > memory / _SHARE) else replace(subject, config=told)
 
 
 def segments_for(lengths: np.ndarray, row_length: int, keep: float = 1.0) -> int:
@@ -45,7 +46,7 @@ def segments_for(lengths: np.ndarray, row_length: int, keep: float = 1.0) -> int
 
     Args: as `with_segments`.
     """
-    some = np.asarray(lengths)[:: -(-len(lengths) // 512)]
+    some = np.asarray(lengths)[:: max(1, -(-len(lengths) // 512))]
     cases = [(some, len(pack(some, row_length))) for some in (some, np.ceil(keep * some).astype(int))]
     for most in (1, 2, 4, 8, MOST):
         if all(len(pack(some, row_length, most)) <= _LOSS * rows for some, rows in cases):

@@ -104,7 +104,8 @@ def open_session(config: Config, folder: RunFolder, console: Console) -> Session
     )
     model = load_model(config, mesh, steps)
     state, frozen, optimizer = start(config, mesh, model, steps)
-    keep = 1.0 if config.prune.token_pruner == "none" else config.prune.token_keep
+    # A masked sample ends behind its last kept target, seldom far before its end.
+    keep = config.prune.token_keep if config.prune.mode == "drop" and config.prune.token_pruner != "none" else 1.0
     shapes = ladder(config.train.rows, batch_size(mesh), config.train.shapes)
     subject = with_segments(model.subject.shapes(), mesh, dataset.lengths, row_length, max(shapes), keep)
     del model  # its weights are the state's, and go with it

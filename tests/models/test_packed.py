@@ -121,6 +121,8 @@ needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN's k
 def test_the_kernel_on_a_gpu(heads, dim, length, most):
     """Its averages and slopes on random packed and padded rows are float32's but for bfloat16's rounding (2^-9 a rounding, several in a
     row: 1 % of the norm), and finite where padding stands."""
+    if heads[0] != heads[1] and most > 1 and jax.__version_info__ < kernels._OFFSETS:
+        pytest.skip("offsets of shared keys are wrong in this JAX; with_segments then goes by mask")
     rng = np.random.default_rng(length)
     segment = np.zeros((3, length), np.int32)
     for row in segment:
@@ -140,7 +142,8 @@ def test_the_kernel_on_a_gpu(heads, dim, length, most):
     mine, whole = jax.jit(lambda *given: results(lambda *x: packed.by_runs(*x, told), *given))(q, k, v)
     slots = jnp.arange(length)
     sees = visible(slots, slots, jnp.asarray(segment), jnp.asarray(segment), None)
-    exact, _ = results(lambda *x: jax.nn.dot_product_attention(*x, mask=sees, implementation="xla"), *(x.astype(jnp.float32) for x in (q, k, v)))
+    with jax.default_matmul_precision("highest"):
+        exact, _ = results(lambda *x: jax.nn.dot_product_attention(*x, mask=sees, implementation="xla"), *(x.astype(jnp.float32) for x in (q, k, v)))
     assert np.isfinite(np.asarray(whole, np.float32)).all()
     for got, wanted in zip(mine, exact):
         assert np.linalg.norm(np.asarray(got, np.float64) - np.asarray(wanted, np.float64)) <= 0.01 * np.linalg.norm(np.asarray(wanted, np.float64))

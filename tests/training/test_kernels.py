@@ -58,12 +58,17 @@ def test_a_run_told_of_samples_trains_the_same(tiny_config, tmp_path, monkeypatc
         return jax.nn.dot_product_attention(q, k, v, mask=visible(slots, slots, own, own, None), implementation="xla")
 
     held: list[int] = []
+    asked: list[tuple] = []
     monkeypatch.setattr(batch, "fill_rows", lambda *a, own=batch.fill_rows: held.append(max(map(len, a[1]))) or own(*a))
     monkeypatch.setattr(attention, "by_runs", by_mask)
 
-    def losses(name, **promised):
-        monkeypatch.setattr(run, "with_segments", lambda subject, *_: replace(subject, config=subject.config.replace(**promised)))
-        config, told = tiny_config(**{"run.folder": str(tmp_path / name)}), io.StringIO()
+    def losses(name, mode="mask", **promised):
+        def with_promise(subject, mesh, lengths, row_length, rows, keep):
+            asked.append((mesh.size, len(lengths), int(lengths.max()), row_length, rows, keep))
+            return replace(subject, config=subject.config.replace(**promised))
+
+        monkeypatch.setattr(run, "with_segments", with_promise)
+        config, told = tiny_config(**{"run.folder": str(tmp_path / name), "prune.mode": mode, "prune.token_keep": 0.4}), io.StringIO()
         with RunFolder.open(config) as folder:
             session = open_session(config, folder, Console(file=told, width=200))
             found = [session.loop.step(i, session.total_steps)[0]["loss"] for i in range(2)]
@@ -76,6 +81,10 @@ def test_a_run_told_of_samples_trains_the_same(tiny_config, tmp_path, monkeypatc
     told, said = losses("told", attention="cudnn", max_segments=2)
     assert max(held) == 2 and "attention: cudnn, by sample, at most 2 in a row\n" in said
     np.testing.assert_allclose(told, plain, rtol=1e-5)
+    losses("drop", "drop", attention="xla")
+    size, count, longest, *others = zip(*asked)
+    assert set(size) == {1} and len(set(count)) == 1 and max(longest) <= 48  # lengths of the data
+    assert list(zip(*others)) == [(64, 4, 1.0), (64, 4, 1.0), (64, 4, 0.4)]  # row_length, rows, keep
 
 
 def card(capability, size=1, memory=80 * 2**30):
@@ -87,7 +96,7 @@ def card(capability, size=1, memory=80 * 2**30):
 
 def test_cudnn_is_told_of_samples_where_it_can_be(monkeypatch):
     """On one Hopper GPU with memory for it; elsewhere and for other kernels by mask."""
-    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))
     subject = Subject(SMALL.replace(dtype="bfloat16", attention="cudnn"), None)
     whole, halves = np.full(40, 512), np.full(40, 256)
 
@@ -106,7 +115,7 @@ def test_cudnn_is_told_of_samples_where_it_can_be(monkeypatch):
     assert most(card("9.0"), subject=Subject(subject.config.replace(sliding_window=100), None)) == 0
     shared = Subject(subject.config.replace(num_key_value_heads=1), None)
     assert most(card("9.0"), subject=shared) == 2
-    monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))  # offsets of shared keys are wrong there
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))  # offsets of shared keys are wrong there
     assert most(card("9.0"), subject=shared) == 0 and most(card("9.0"), whole, shared) == 1 and most(card("9.0")) == 2
 
 
@@ -124,6 +133,20 @@ def test_held_out_rows_are_packed_by_their_own_lengths(monkeypatch):
     samples = [Sample(np.arange(4, dtype=np.int32), np.ones(4, bool), np.arange(4, dtype=np.int32))] * 8
     found = rows.likelihood(SMALL.replace(attention="cudnn", max_segments=1), {}, samples, row_length=16, rows=8)
     assert seen == [(0, 4)] and found.targets.tolist() == [3] * 8
+
+
+def test_a_posterior_is_fitted_with_plain_attention(monkeypatch):
+    """JAX cannot run cuDNN's backward pass for many outputs at once: the fit and its predictions get "xla", whoever asks; others stay."""
+    from qtjax.training import calibration
+
+    seen = []
+    monkeypatch.setattr(calibration, "first_tokens", lambda *_: np.arange(2))
+    monkeypatch.setattr(calibration, "prompts", lambda *_: calibration.Prompts(np.zeros((1, 2)), np.ones((1, 2)), np.zeros(1, int)))
+    monkeypatch.setattr(calibration, "fit_laplace", lambda config, *_, **__: seen.append(config) or "fitted")
+    config = SMALL.replace(attention="cudnn", max_segments=4)
+    assert calibration.fit_posterior(config, {}, None, None)[0] == "fitted" and calibration.calibrate(config, {}, None, None, None) == ("fitted", None)
+    calibration.fit_posterior(SMALL.replace(attention="blocks"), {}, None, None)
+    assert [(each.attention, each.max_segments) for each in seen] == [("xla", 0), ("xla", 0), ("blocks", 0)]
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
