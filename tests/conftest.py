@@ -54,6 +54,22 @@ def few_mappings() -> Iterator[None]:
 
 
 @pytest.fixture
+def runs_by_mask() -> Callable[..., Any]:
+    """What cuDNN's kernel is asked for (models/packed.py, `by_runs`), in plain attention: every slot sees its own run."""
+    import jax
+    import jax.numpy as jnp
+
+    from qtjax.models.attention import visible
+
+    def attend(q: Any, k: Any, v: Any, given: Any) -> Any:
+        slots = jnp.arange(q.shape[1])
+        run = jnp.sum(jnp.where(given.start < 0, q.shape[1], given.start)[:, :, None] <= slots, axis=1)
+        return jax.nn.dot_product_attention(q, k, v, mask=visible(slots, slots, run, run, None), implementation="xla")
+
+    return attend
+
+
+@pytest.fixture
 def run_python() -> Callable[..., str]:
     """run_python(source, *arguments, devices=1) -> standard output of a fresh interpreter with so many CPU devices.
 

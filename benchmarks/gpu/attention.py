@@ -43,13 +43,13 @@ class Case:
 CASES = tuple(Case(*shape, samples) for shape in ((4, 2048, 32, 32, 64), (2, 4096, 32, 8, 128)) for samples in (1, 4, MOST))
 
 
-def kernels(case: Case, segment: Array, most: int) -> dict[str, Callable[..., Array]]:
-    """{way: (q, k, v) -> averages}, by the code of a model; `most`: samples that the kernel has room for."""
+def kernels(case: Case, segment: Array) -> dict[str, Callable[..., Array]]:
+    """{way: (q, k, v) -> averages}, by the code of a model, with room for as many samples as there are."""
     config = ModelConfig(attention="cudnn", dtype="bfloat16", head_dim=case.dim, num_attention_heads=case.heads, num_key_value_heads=case.kv_heads)
     slots = jnp.arange(case.length, dtype=jnp.int32)
     return {
         "by mask": lambda q, k, v: attend(config, q, k, v, visible(slots, slots, segment, segment, None)),
-        "by sample": lambda q, k, v: attend(config, q, k, v, runs(segment, most)[0]),
+        "by sample": lambda q, k, v: attend(config, q, k, v, runs(segment, case.samples)[0]),
     }
 
 
@@ -79,7 +79,7 @@ def check(case: Case) -> float:
     with jax.default_matmul_precision("highest"):
         exact = slopes(plain, real)(*(x.astype(jnp.float32) for x in given))
     worst = 0.0
-    for kernel in kernels(few, segment, case.samples).values():
+    for kernel in kernels(few, segment).values():
         for mine, wanted in zip(jax.jit(slopes(kernel, real))(*given), exact):
             worst = max(worst, float(jnp.linalg.norm((mine - wanted).ravel()) / jnp.linalg.norm(wanted.ravel())))
     return worst
@@ -109,7 +109,7 @@ def measured(case: Case) -> dict[str, tuple[float, float]]:
         raise QtjaxError(f"{case}: {worst:.2g} of the norm off plain float32, allowed is {ROUNDING}; not timed")
     *qkv, dy = drawn(case)
     segment, out = segments(case), {}
-    for way, kernel in kernels(case, segment, case.samples).items():
+    for way, kernel in kernels(case, segment).items():
         out[way] = best(jax.jit(kernel), *qkv), best(jax.jit(slopes(kernel, jnp.ones((1, 1, 1, 1), bool))), *qkv, dy)
     return out
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qtjax import models
 from qtjax.models import attention, packed
 from qtjax.models.attention import visible
-from qtjax.models.packed import Runs, runs
+from qtjax.models.packed import runs
 from qtjax.training import kernels
 
 CONFIG = models.ModelConfig(
@@ -44,21 +44,14 @@ def test_rows_of_one_sample_are_one_run():
     assert runs(rows, 2)[1].tolist() == [True] * 3 + [False] * 2 + [True]
 
 
-def by_mask(q, k, v, given: Runs):
-    """What the kernel is asked for, in plain attention: every slot sees its own run."""
-    slots = jnp.arange(q.shape[1])
-    run = jnp.sum(jnp.where(given.start < 0, q.shape[1], given.start)[:, :, None] <= slots, axis=1)
-    return jax.nn.dot_product_attention(q, k, v, mask=visible(slots, slots, run, run, None), implementation="xla")
-
-
 def loss(config, params, ids, segment):
     return jnp.sum(jnp.cos(models.hidden_states(config, params, ids, segment_ids=segment)))
 
 
-def test_a_model_is_the_same_told_of_samples(monkeypatch):
+def test_a_model_is_the_same_told_of_samples(monkeypatch, runs_by_mask):
     """Hidden states and gradients of packed and padded rows are those of plain attention; a row of more samples than promised is NaN, it
     alone."""
-    monkeypatch.setattr(attention, "by_runs", by_mask)
+    monkeypatch.setattr(attention, "by_runs", runs_by_mask)
     params = models.init_params(CONFIG, jax.random.key(0))
     ids = jax.random.randint(jax.random.key(1), SEGMENTS.shape, 0, 50)
     plain = CONFIG.replace(attention="xla")

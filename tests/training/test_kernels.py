@@ -47,20 +47,15 @@ def test_a_run_says_which_attention_it_takes(tiny_config, monkeypatch, changes, 
     assert bool(ran) == said.startswith("blocks")
 
 
-def test_a_run_told_of_samples_trains_the_same(tiny_config, tmp_path, monkeypatch):
+def test_a_run_told_of_samples_trains_the_same(tiny_config, tmp_path, monkeypatch, runs_by_mask):
     """Where cuDNN's kernel is told of two samples of a row at most, no row of a run holds more, and its losses are plain attention's."""
     from qtjax.models import attention
     from qtjax.training import batch, run
 
-    def by_mask(q, k, v, given):
-        slots = jnp.arange(q.shape[1])
-        own = jnp.sum(jnp.where(given.start < 0, q.shape[1], given.start)[:, :, None] <= slots, axis=1)
-        return jax.nn.dot_product_attention(q, k, v, mask=visible(slots, slots, own, own, None), implementation="xla")
-
     held: list[int] = []
     asked: list[tuple] = []
     monkeypatch.setattr(batch, "fill_rows", lambda *a, own=batch.fill_rows: held.append(max(map(len, a[1]))) or own(*a))
-    monkeypatch.setattr(attention, "by_runs", by_mask)
+    monkeypatch.setattr(attention, "by_runs", runs_by_mask)
 
     def losses(name, mode="mask", **promised):
         def with_promise(subject, mesh, lengths, row_length, rows, keep):
